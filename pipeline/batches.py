@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
@@ -67,7 +68,10 @@ class Batch:
 
     @functools.cached_property
     def keys(self) -> list[str]:
-        """WebDataset keys of the samples, b of them; looked up when they are asked for."""
+        """WebDataset keys of the samples, b of them; looked up when they are asked for.
+
+        Of a set in a store ask for keys or names while the stream is open.
+        """
         return [] if self._reader is None else self._reader.read_keys(self.ids.numpy())
 
     @functools.cached_property
@@ -94,7 +98,9 @@ class Batch:
         masks = {
             name: mask.to(device, non_blocking=non_blocking) for name, mask in self.masks.items()
         }
-        return replace(self, **moved, masks=masks)
+        batch = copy.copy(self)  # with keys and names that were looked up
+        vars(batch).update(moved, masks=masks)
+        return batch
 
 
 def _take_settings(
@@ -125,7 +131,7 @@ class Stream:
 
     The samples of a global batch, their order, crops, flips and colours follow from `seed` and
     `position` alone: ranks, threads, prefetch and restarts change nothing, to the bit (on a GPU to
-    what its decoder gives). Every epoch holds every sample once.
+    what its decoder gives). Every epoch holds every sample once, unless they are weighted or mixed.
 
         with Stream(DATA, split="train", batch_size=128, seed=0, rank=0, world_size=1) as stream:
             batch = next(stream)

@@ -267,6 +267,8 @@ class DatasetCheck:
             except UsageError as error:
                 if self._has_config:
                     yield fail("size", str(error), "another data set, or another network")
+                else:
+                    yield warn("speed", f"not measured: {error}", "name the CONFIG of the training")
                 return
             if is_remote(self.data):
                 yield from self._judge_store(manifest)

@@ -20,13 +20,14 @@ import jinja2
 
 from cluster.checkpoint.format import Checkpoint
 from cluster.cli.options import CHOICES, Choice, ReportOptions
+from cluster.config import read_run_config
 from cluster.report import images, tables
 from cluster.report.comparison import describe_comparison, read_runs
 from cluster.report.curves import draw_curves, draw_updates, list_missing_curves
 from cluster.report.kernels import compute_noise_limit, describe_first_layer
 from cluster.report.records import Records, read_records
 from cluster.report.settings import describe_settings, format_setting
-from cluster.run.folder import KERNELS
+from cluster.run.folder import CONFIG, KERNELS
 from cluster.run.kernels import read_kernels
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import locate_dataset
@@ -184,7 +185,11 @@ def evaluate_runs(options: ReportOptions) -> None:
 
     data = ["--data", options.data] if options.data else []
     for run in options.runs:
-        evaluate.main([str(run), "--views", "10", "--save-probabilities", *data])
+        config, _ = read_run_config(run / CONFIG)
+        _, folder = locate_dataset(run, options.data, **config.cached)
+        is_whole = Manifest.load(folder).side == config.design.image_size
+        views = "1" if is_whole else "10"  # ten views of a whole image are one
+        evaluate.main([str(run), "--views", views, "--save-probabilities", *data])
 
 
 def main(argv: list[str] | None = None) -> int:

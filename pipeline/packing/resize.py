@@ -41,6 +41,7 @@ from pipeline.dataset.images import (
     ORIENTATION,
     SQUARE,
     Pixels,
+    Size,
     Sizing,
     Undecodable,
     decode_image,
@@ -199,7 +200,8 @@ def jpeg_path(data: bytes, header: JpegHeader, sizing: Sizing = SQUARE) -> Pixel
         return None
     except MemoryError:
         return None
-    small = resample(pixels, sizing)
+    size = sizing.resize(header.height, header.width)  # of the whole image, not of the reduced one
+    small = resample(pixels, sizing, size)
     return turn_upright(pixels_to_srgb(small, profile), read_orientation(header))
 
 
@@ -214,10 +216,11 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def resample(pixels: Pixels, sizing: Sizing = SQUARE) -> Pixels:
+def resample(pixels: Pixels, sizing: Sizing = SQUARE, size: Size | None = None) -> Pixels:
     """Return uint8 [h, w, 3] brought to size; by default the central square, [256, 256, 3].
 
-    A square is cut out first: what lies beside it is not resampled.
+    A square is cut out first: what lies beside it is not resampled. `size` is the height and width
+    to come, where the pixels are a reduced image; None: what `sizing` makes of theirs.
     """
     square = pixels
     if sizing.fit == "square":
@@ -225,7 +228,7 @@ def resample(pixels: Pixels, sizing: Sizing = SQUARE) -> Pixels:
         side = min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         square = pixels[top : top + side, left : left + side]
-    size = sizing.resize(*square.shape[:2])
+    size = size or sizing.resize(*square.shape[:2])
     if size == square.shape[:2]:
         return square.copy()  # what is decoded next lies where this does
     if square.size > SCRATCH:

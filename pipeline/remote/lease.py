@@ -148,7 +148,7 @@ class Lease:
         if not self._lost:
             with contextlib.suppress(StoreError):  # it is stale soon
                 self._folder.remove([self._name])
-        elif kind is KeyboardInterrupt:  # by ourselves
+        elif kind is not None and issubclass(kind, KeyboardInterrupt):  # by ourselves
             raise UsageError(
                 f"{self._folder.address} was taken over by another {self._work}, since this one "
                 f"gave no sign of life for {STALE:.0f} s; leave it to that one"

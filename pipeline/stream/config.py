@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -119,7 +119,7 @@ class StreamConfig:
 
     split: str = "train"
     """Split that is delivered: `train`, `val`, or a part that `split_by` names."""
-    where: Mapping[str, Any] | npt.NDArray[np.bool_] | None = None
+    where: Mapping[str, Any] | npt.NDArray[np.bool_] | None = field(default=None, compare=False)
     """Samples that take part: a mask, bool [N] in stored order; or what all of them have, each one
     value, several, or a function that gets the values of all N samples and returns bool [N]:
 
@@ -140,7 +140,7 @@ class StreamConfig:
     """Seed of `split_by`, apart from `seed`: runs with other seeds keep their parts."""
     group: str | None = None
     """Column of `table`: samples with the same value get the same part of `split_by`."""
-    weights: Literal["balanced"] | npt.ArrayLike | None = None
+    weights: Literal["balanced"] | npt.ArrayLike | None = field(default=None, compare=False)
     """Draw samples with replacement, N to an epoch: by numbers, 0 or more, [N] in stored order; or
     `balanced`: each class as likely as any other. None: each sample once an epoch."""
     batch_size: int = 128
@@ -215,7 +215,7 @@ class StreamConfig:
     masks: Sequence[str] = ()
     """Members that are masks, PNGs of one channel and 8 bits as large as the image, by their
     endings: `("seg.png",)`. They are cut, resized (to the nearest pixel) and flipped with it."""
-    labels: Any = "class"
+    labels: Any = field(default="class", compare=False)
     """Labels: `class`, places in the list of classes; an array float32 or int64, [N] or [N, k], by
     sample id, or the path of a `.npy` with one; None for no labels (each is -1)."""
     threads: int | None = None

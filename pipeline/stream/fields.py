@@ -32,6 +32,8 @@ from pipeline.tools.errors import DataError, UsageError, summarize_error
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.units import cpu_count
 
+GREY_SCALES = {"L;2": 85, "L;4": 17}
+"""Factor by which Pillow brings grey PNGs of 2 and 4 bits to 8."""
 MASK_MODES = ("L", "P", "1")
 """Pillow's names for one channel of at most eight bits: grey, palette, black and white."""
 
@@ -219,7 +221,8 @@ def decode_mask(content: bytes, size: Size) -> Pixels:
         if (image.height, image.width) != size:
             height, width = size
             raise ValueError(f"it is {image.width}x{image.height}, its image {width}x{height}")
-        return np.array(image, np.uint8)[:, :, None]
+        scale = GREY_SCALES.get(str(image.tile[0].args), 1) if image.tile else 1
+        return (np.array(image, np.uint8) // scale)[:, :, None]
 
 
 def load_labels(given: Any, count: int) -> Labels | None:

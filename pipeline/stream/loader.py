@@ -99,7 +99,7 @@ class BatchReader:
         self.normalization = Normalization.of(self.statistics, config)
         self.order = make_order(self.selection, config.seed, config.order_name)
         self.quarantine = Quarantine(
-            config.stored_split, Path(config.quarantine) if config.quarantine else None
+            self.shard_reader.split, Path(config.quarantine) if config.quarantine else None
         )
         """Samples found damaged."""
         self.draws = list_draws(config)

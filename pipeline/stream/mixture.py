@@ -14,9 +14,10 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import Dataset
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.order import Ids
-from pipeline.stream.shard_reader import Bytes, Damage, Flags, ShardReader
+from pipeline.stream.shard_reader import Bytes, Damage, Flags, ShardReader, choose_sample
 from pipeline.stream.timing import Spent
 from pipeline.tools.errors import UsageError
+from pipeline.tools.jsonl import hash_json
 
 
 def open_reader(
@@ -93,7 +94,8 @@ class MixedReader:
         self._firsts = np.cumsum([0, *map(len, readers)])
         self.shards = [shard for reader in readers for shard in reader.shards]
         """Shards of all datasets, one after the other."""
-        self.split = readers[0].split
+        digest = hash_json([one.manifest.splits[one.split].index_sha256 for one in readers])
+        self.split = f"{readers[0].split} of mixture {digest[:8]}"
         self.manifest = readers[0].manifest
         """Manifest of the first dataset: classes, encoding and sizes are those of all."""
         self.encoding = self.manifest.encoding
@@ -153,7 +155,7 @@ class MixedReader:
                 views[place] = view
             for number, damage in damages.items():
                 sample = int(ids[places[number]])
-                damaged[places[number]] = damage._replace(sample=sample)
+                damaged[places[number]] = damage._replace(sample=sample, split=self.split)
         return views, damaged
 
     def read_members(self, field: str, ids: Ids) -> tuple[list[bytes], dict[int, str]]:
@@ -185,18 +187,13 @@ class MixedReader:
         return names
 
     def find_sample(self, key: str) -> int:
-        """Return the id of the sample with a key or name, of the first dataset that has it.
-
-        Raises:
-            KeyError: none has it, or one has it twice; the message is one line.
-        """
-        for reader, first in zip(self.parts, self._firsts, strict=False):
-            try:
-                return int(first) + reader.find_sample(key)
-            except KeyError as error:
-                if reader is self.parts[-1] or "more than once" in str(error):
-                    raise
-        raise KeyError(key)
+        """Return the id of the sample with a key or name; see `ShardReader`."""
+        firsts = zip(self._firsts.tolist(), self.parts, strict=False)
+        return choose_sample(
+            key,
+            [first + one for first, reader in firsts for one in reader.find_samples(key)],
+            self.split,
+        )
 
     def decode(self, ids: Sequence[int]) -> list[Pixels | Damage]:
         """Read, check and decode samples: the pixels of each, or its damage."""
@@ -213,7 +210,7 @@ class MixedReader:
     def make_damage(self, sample: int, reason: str) -> Damage:
         """Return where a sample is and why it cannot be used."""
         ((reader, _, own),) = self._divide(np.array([sample]))
-        return reader.make_damage(int(own[0]), reason)._replace(sample=sample)
+        return reader.make_damage(int(own[0]), reason)._replace(sample=sample, split=self.split)
 
     def close(self) -> None:
         """Close all files."""

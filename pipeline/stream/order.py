@@ -37,7 +37,7 @@ NEAR = 50
 """Substitutes that `BlockShuffle` chooses from the same window before others."""
 
 
-BLOCK = 1000
+PATTERN = 1000
 """Positions of a mixture that hold each dataset exactly as often as its share says."""
 
 
@@ -99,7 +99,8 @@ class Order(ABC):
 
     @abstractmethod
     def list_places(self, epoch: int, place: int, most: int) -> Ids:
-        """Return the samples from `place` of `epoch` on, int64: at least 1, at most `most`.
+        """Return the samples from `place` of `epoch` on, int64: at least 1, at most `most`, and
+        none of the next epoch.
 
         They are places among the samples that take part; without a selection these are their ids.
         """
@@ -303,8 +304,8 @@ class WeightedOrder(Order):
 
     def list_places(self, epoch: int, place: int, most: int) -> Ids:
         """Return the samples that the positions from `place` of `epoch` on draw."""
-        place += epoch * self.samples
-        positions = np.arange(place, place + most)
+        start = epoch * self.samples + place
+        positions = np.arange(start, start + min(most, self.samples - place))
         (words,) = random_uint64(self.seed, positions, np.zeros_like(positions), 1, name="weights")
         return self._draw_places(words)
 
@@ -329,7 +330,7 @@ class WeightedOrder(Order):
 class Mixture:
     """Several orders, interleaved in fixed shares: an order over the samples of all of them.
 
-    Ids count on from dataset to dataset. `BLOCK` positions together hold each dataset as often as
+    Ids count on from dataset to dataset. `PATTERN` positions together hold each dataset as often as
     its share says (rounded so that the error does not grow), in an order drawn from the seed. The
     samples of each follow its own order, in epochs of its own.
     """
@@ -338,7 +339,7 @@ class Mixture:
         """Args: order of each dataset, its share, and the ids it has (N, selected or not).
 
         Raises:
-            ValueError: a share below 1 / `BLOCK` of their sum.
+            ValueError: a share below 1 / `PATTERN` of their sum.
         """
         self.seed = orders[0].seed
         self.samples = sum(order.samples for order in orders)
@@ -349,8 +350,9 @@ class Mixture:
         self._shards = np.cumsum([len(order.starts) - 1 for order in orders])
         exact = [Fraction(repr(float(share))) for share in shares]  # 0.7, not 0.69999999999999996
         self._ends = [total / sum(exact) for total in accumulate(exact)]
-        if min(exact) * BLOCK < sum(exact):
-            raise ValueError(f"a share of {min(shares):g} is too small; the least is 1 of {BLOCK}")
+        if min(exact) * PATTERN < sum(exact):
+            least = f"the least is 1 of {PATTERN}"
+            raise ValueError(f"a share of {min(shares):g} is too small; {least}")
         self._pattern = lru_cache(maxsize=4)(self._arrange)
         self._needs: tuple[tuple[tuple[int, ...], ...], tuple[int, ...]] = (), ()
 
@@ -373,7 +375,7 @@ class Mixture:
 
     def list_shards(self, position: int) -> tuple[int, ...]:
         """Return the shards that are needed from `position` on, those of all datasets in turn."""
-        before = self._count_before(position // BLOCK)
+        before = self._count_before(position // PATTERN)
         needs = tuple(o.list_shards(n) for o, n in zip(self._orders, before, strict=True))
         if needs != self._needs[0]:
             firsts = (0, *self._shards.tolist())
@@ -387,15 +389,15 @@ class Mixture:
 
     def _locate(self, position: int, count: int) -> tuple[Ids, Ids]:
         """Return the dataset of each position and its position in that one's order, [count]."""
-        blocks = range(position // BLOCK, (position + count - 1) // BLOCK + 1)
+        blocks = range(position // PATTERN, (position + count - 1) // PATTERN + 1)
         parts = [self._pattern(block) for block in blocks]
-        skip = position - blocks.start * BLOCK if parts else 0
+        skip = position - blocks.start * PATTERN if parts else 0
         both = np.concatenate(parts, axis=1) if parts else np.empty((2, 0), np.int64)
         datasets, places = both[:, skip : skip + count]
         return datasets, places
 
     def _arrange(self, block: int) -> Ids:
-        """Return dataset, and position in its order, of each position of a block, [2, BLOCK]."""
+        """Return dataset, and position in its order, of each position of a block, [2, PATTERN]."""
         before, after = self._count_before(block), self._count_before(block + 1)
         datasets = np.repeat(np.arange(len(before)), np.subtract(after, before))
         _make_generator(self.seed, block, len(before)).shuffle(datasets)
@@ -407,7 +409,7 @@ class Mixture:
 
     def _count_before(self, block: int) -> list[int]:
         """Return how many positions before a block belong to each dataset."""
-        ends = [int(block * BLOCK * end) for end in self._ends]
+        ends = [int(block * PATTERN * end) for end in self._ends]
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 

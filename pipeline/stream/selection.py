@@ -223,19 +223,22 @@ def select(
         kept=kept if kept is not None and not kept.all() else None,
         weights=weights,
     )
-    _check_parts(selection)
+    settings = {"where": config.where, "split_by": config.split_by}
+    _check_parts(selection, " and ".join(one for one in settings if settings[one] is not None))
     return selection
 
 
-def _check_parts(selection: Selection) -> None:
+def _check_parts(selection: Selection, kept_by: str) -> None:
     """Refuse a dataset of a mixture of which nothing is left, or nothing has a weight."""
     start = 0
     for number, sizes in enumerate(selection.shards):
         here = slice(start, start + sum(sizes))
         start = here.stop
-        for name, flags in (("where", selection.kept), ("weights", selection.weights)):
+        for name, flags in ((kept_by, selection.kept), ("weights", selection.weights)):
             if flags is not None and not flags[here].any():
-                raise UsageError(f"{name} leaves nothing of data set {number + 1} of the mixture")
+                raise UsageError(
+                    f"{name} leaves nothing of dataset {number + 1} of the mixture; leave it out"
+                )
 
 
 class _Samples:
@@ -303,8 +306,7 @@ class _Samples:
         """Return the weight of each sample, float64 [N]; 0 for one that is not kept."""
         kept = np.ones(self.count, bool) if kept is None else kept
         if isinstance(weights, str):  # balanced
-            counts = np.bincount(self.labels[kept], minlength=len(self._reader.manifest.classes))
-            found = 1 / np.maximum(counts, 1)[self.labels]
+            found = self._balance(kept)
         else:
             found = np.asarray(weights, np.float64)
             self._check_length("weights", found)
@@ -321,6 +323,25 @@ class _Samples:
         shares: Weights = found / found.max()
         return shares
 
+    def _balance(self, kept: Flags) -> Weights:
+        """Return weights by which the classes of each dataset are equally likely, float64 [N]."""
+        found, start, classes = np.empty(self.count), 0, len(self._reader.manifest.classes)
+        there: list[Flags] = []
+        for part in self._reader.parts:
+            here = slice(start, start + len(part))
+            start = here.stop
+            labels = self.labels[here]
+            counts = np.bincount(labels[kept[here]], minlength=classes)
+            found[here] = 1 / np.maximum(counts, 1)[labels]
+            there.append(counts > 0)
+            if (lacking := np.flatnonzero(there[0] != there[-1])).size:
+                name = self._reader.manifest.classes[lacking[0]]
+                raise UsageError(
+                    f"weights='balanced' cannot balance class {name!r}: not every dataset of the "
+                    "mixture has images of it; give weights as numbers"
+                )
+        return found
+
     def _check_length(self, name: str, array: npt.NDArray[Any]) -> None:
         if array.shape != (self.count,):
             shape = "x".join(map(str, array.shape)) or "one"
@@ -336,14 +357,35 @@ class _Samples:
             table[[self._find_class(one) for one in _as_list(wanted)]] = True
             return table[self.labels]
         if name == "key" and not callable(wanted):
-            patterns = [str(one) for one in _as_list(wanted)]
-            return np.concatenate([match_keys(part, patterns) for part in self._reader.parts])
+            flags = np.zeros(self.count, bool)
+            patterns, start = [str(one) for one in _as_list(wanted)], 0
+            unseen = set(patterns)
+            for part in self._reader.parts:
+                found, matched = match_keys(part, patterns)
+                flags[start : start + len(found)] = found
+                start += len(found)
+                unseen -= matched
+            self._check_found(name, patterns, unseen)
+            return flags
         if name == "name" and not callable(wanted):
-            return _match_texts(self._names, [str(one) for one in _as_list(wanted)])
+            patterns = [str(one) for one in _as_list(wanted)]
+            flags, matched = _match_texts(self._names, patterns)
+            self._check_found(name, patterns, set(patterns) - matched)
+            return flags
         column = self._find_column(name)
         if callable(wanted):
             return self._ask(name, wanted, column)
-        return np.isin(column, np.array(_as_list(wanted)))
+        values = np.array(_as_list(wanted))
+        self._check_found(name, values, set(values[~np.isin(values, column)].tolist()))
+        return np.isin(column, values)
+
+    def _check_found(self, name: str, wanted: Iterable[Any], unseen: set[Any]) -> None:
+        """Refuse a condition of which a value stands for no sample: most likely it is misspelt."""
+        if first := next((one for one in np.asarray(wanted).tolist() if one in unseen), None):
+            raise UsageError(
+                f"where[{name!r}] has {first!r:.100}, and no sample of split "
+                f"{self._config.stored_split!r} has it; leave it out"
+            )
 
     def _ask(self, name: str, wanted: Callable[[Any], Any], column: npt.NDArray[Any]) -> Flags:
         found = np.asarray(wanted(column))
@@ -403,6 +445,14 @@ class _Samples:
             wanted = ids
         else:
             wanted = np.array(self._reader.read_keys(ids) if join == "key" else self._names)
+        for whose, texts in ((f"table {path}", keys), ("the mixture", wanted)):
+            known, counts = np.unique(texts, return_counts=True)
+            if len(known) < len(texts):
+                twice = known[counts.argmax()]
+                raise UsageError(
+                    f"{whose} has {join} {twice} more than once, so that a row is not that of one "
+                    "sample; a column 'id' counts samples from 0"
+                )
         order = np.argsort(keys, kind="stable")
         at = np.searchsorted(keys, wanted, sorter=order).clip(max=len(keys) - 1)
         rows: Ids = order[at]
@@ -415,8 +465,10 @@ class _Samples:
         return rows
 
 
-def match_keys(reader: ShardReader, patterns: Sequence[str]) -> Flags:
+def match_keys(reader: ShardReader, patterns: Sequence[str]) -> tuple[Flags, set[str]]:
     """Return which samples of a split have a key that one of the patterns matches, bool [N].
+
+    Also those patterns which match a key.
 
     Patterns are those of `fnmatch`: `*`, `?`, `[seq]`. The keys of our own shards, `SHARD_PLACE`,
     are never all written out: a pattern is cut at each of its tokens that may be the `_`.
@@ -428,12 +480,14 @@ def match_keys(reader: ShardReader, patterns: Sequence[str]) -> Flags:
     starts, most = np.cumsum(sizes) - sizes, int(sizes.max())
     numbers = {sample_key(number, 0).partition("_")[0]: number for number in range(len(sizes))}
     places = {sample_key(0, place).partition("_")[2]: place for place in range(most)}
+    matched: set[str] = set()
     for one in patterns:
         if not re.search("[*?[]", one):
             name, _, last = one.partition("_")
             shard, place = numbers.get(name, -1), places.get(last, most)
             if shard >= 0 and place < sizes[shard]:
                 found[starts[shard] + place] = True
+                matched.add(one)
             continue
         for token in re.finditer(r"\[!?\]?[^]]*\]|.", one):
             if not fnmatch.fnmatchcase("_", token.group()):
@@ -444,14 +498,21 @@ def match_keys(reader: ShardReader, patterns: Sequence[str]) -> Flags:
             within = np.array([fnmatch.fnmatchcase(name, right) for name in places])
             for shard in shards.tolist() if within.any() else ():
                 here = slice(starts[shard], starts[shard] + sizes[shard])
-                found[here] |= within[: sizes[shard]]
-    return found
+                if within[: sizes[shard]].any():
+                    found[here] |= within[: sizes[shard]]
+                    matched.add(one)
+    return found, matched
 
 
-def _match_texts(texts: Iterable[str], patterns: Sequence[str]) -> Flags:
-    """Return which texts one of the patterns of `fnmatch` matches, bool [n]."""
-    matches = [re.compile(fnmatch.translate(one)).match for one in patterns]
-    return np.array([any(match(text) for match in matches) for text in texts], bool)
+def _match_texts(texts: Sequence[str], patterns: Sequence[str]) -> tuple[Flags, set[str]]:
+    """Return which texts one of the patterns of `fnmatch` matches, bool [n], and which do match."""
+    found, matched = np.zeros(len(texts), bool), set()
+    for one in patterns:
+        match = re.compile(fnmatch.translate(one)).match
+        flags = np.array([match(text) is not None for text in texts], bool)
+        found |= flags
+        matched |= {one} if flags.any() else set()
+    return found, matched
 
 
 def _as_list(wanted: Any) -> list[Any]:

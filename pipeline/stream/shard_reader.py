@@ -311,14 +311,14 @@ class ShardReader:
         Raises:
             KeyError: there is none, or several; the message is one line.
         """
+        return choose_sample(key, self.find_samples(key), self.split)
+
+    def find_samples(self, key: str) -> list[int]:
+        """Return the ids of the samples with a key, else with a file name; at most two."""
         found = list(islice(self._find_keys(key), 2))
         if not found and (names := self._open_texts("names")) is not None:
             found = list(islice(names.find(key), 2))
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise KeyError(f"split {self.split} has {key!r} more than once; give an id, as {found}")
-        raise KeyError(f"split {self.split} of {self._dataset.folder} has no sample {key!r:.200}")
+        return found
 
     def _find_keys(self, key: str) -> Iterator[int]:
         """Yield the samples with a key."""
@@ -426,6 +426,19 @@ class ShardReader:
         else:
             self._files.move_to_end(number)
         return file
+
+
+def choose_sample(key: str, found: Sequence[int], split: str) -> int:
+    """Return the only sample that was found by a key.
+
+    Raises:
+        KeyError: there is none, or several; the message is one line.
+    """
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise KeyError(f"split {split} has {key!r} more than once; give an id, as {found[:2]}")
+    raise KeyError(f"split {split} has no sample {key!r:.200}")
 
 
 class _ShardFile:

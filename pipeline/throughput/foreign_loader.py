@@ -11,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def _list_items(batch: object) -> Iterator[tuple[str, object]]:
     elif isinstance(batch, tuple | list):
         yield from ((f"[{number}]", value) for number, value in enumerate(batch))
     elif is_dataclass(batch):
-        yield from ((f".{name}", value) for name, value in vars(batch).items())
+        yield from ((f".{one.name}", getattr(batch, one.name)) for one in fields(batch))
 
 
 class ForeignLoader:

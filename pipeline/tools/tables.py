@@ -26,15 +26,15 @@ def read_table(path: Path) -> dict[str, npt.NDArray[Any]]:
         SetupError: a package for it is missing.
     """
     try:
-        columns = dict(_READERS.get(path.suffix, _read_csv)(path))
+        columns = {
+            name: np.asarray(column).astype(str) if name in ("key", "name") else _to_array(column)
+            for name, column in _READERS.get(path.suffix, _read_csv)(path)
+        }
     except (OSError, ValueError, csv.Error) as error:
         raise UsageError(f"table {path} cannot be read ({error}); name another file") from error
     if not columns or not all(map(len, columns.values())):
         raise UsageError(f"table {path} has no row; name another file")
-    return {
-        name: np.asarray(column).astype(str) if name in ("key", "name") else _to_array(column)
-        for name, column in columns.items()
-    }
+    return columns
 
 
 def _read_csv(path: Path) -> Iterable[tuple[str, Sequence[Any]]]:
@@ -61,7 +61,7 @@ def _read_parquet(path: Path) -> Iterable[tuple[str, Sequence[Any]]]:
 
     try:
         table = pq.read_table(path)
-        return ((name, table[name].to_numpy()) for name in table.column_names)
+        return [(name, table[name].to_numpy()) for name in table.column_names]
     except pa.ArrowException as error:
         raise ValueError(str(error).splitlines()[0]) from error
 

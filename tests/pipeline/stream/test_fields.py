@@ -6,6 +6,8 @@ import io
 import json
 import pickle
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 from pipeline.batches import Stream
 from pipeline.dataset.members import TextTable, escape_line, save_texts
 from pipeline.stream.augment import draw, draw_regions
-from pipeline.stream.fields import find_parser
+from pipeline.stream.fields import decode_mask, find_parser
 from pipeline.stream.order import FullShuffle
 from pipeline.tools.errors import DamagedFile, DataError, UsageError
 from pipeline.verify import verify
@@ -199,7 +201,7 @@ def test_a_damaged_member_replaces_its_sample(foreign, tmp_path):
     }
     (plain,) = take(foreign)  # what is not asked for is not read
     assert not plain.replaced.any()
-    with pytest.raises(DataError, match=r"train sample \d+ .*: its \.json: CRC-32 differs; python"):
+    with pytest.raises(DataError, match=r"train sample \d+ .*: its \.json: CRC-32 differs; duet"):
         take(foreign, fields=("json",), strict=True)
     assert [(one["sample"], one["reason"]) for one in verify(foreign)] == [
         (5, "CRC-32 of its .json differs"),
@@ -239,7 +241,7 @@ def test_a_field_that_a_sample_lacks_is_refused_by_name(tmp_path):
     assert [str(bad) for bad in outcome.bad] == ["train-0.tar key k3: it has no .json"]
     assert index(tmp_path, fields=("json",), skip_bad=True).manifest.rejected == 1
     assert take(tmp_path, batch_size=3, fields=("json",))[0].fields == {"json": [{}, {}, {}]}
-    with pytest.raises(UsageError, match=r"has no field 'txt' \(it has json\); run duet index-shards on it anew"):
+    with pytest.raises(UsageError, match=r"no field 'txt' \(it has json\); run duet index-shards"):
         Stream(tmp_path, fields=("txt",))
 
 
@@ -398,7 +400,8 @@ def test_sets_of_a_mixture_have_members_of_their_own(made, foreign):
             assert batch.keys[place].endswith(f"n{sample % COUNT:05d}")
         assert batch.names is None
         assert np.array_equal(stream[COUNT + 5].masks["seg.png"], make_mask(5))
-        assert stream["train/n00005"].id == 5
+        with pytest.raises(KeyError, match=r"'train/n00005' more than once; give an id, as \[5, "):
+            stream["train/n00005"]
         with pytest.raises(KeyError, match="has no sample 'none'"):
             stream["none"]
 
@@ -438,3 +441,28 @@ def test_tables_are_verified(foreign, tiny_data):
     )
     with pytest.raises(DamagedFile, match=r"has a table '\.\./x\.txt' that none can have"):
         Stream(foreign)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_grey_masks_of_few_bits_keep_their_numbers(depth):
+    numbers = np.arange(32).reshape(4, 8) % 2**depth
+    bits = (numbers[:, :, None] >> np.arange(depth - 1, -1, -1)) & 1
+    rows = np.packbits(bits.reshape(4, -1).astype(np.uint8), axis=1)
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        crc = zlib.crc32(kind + body).to_bytes(4, "big")
+        return len(body).to_bytes(4, "big") + kind + body + crc
+
+    header = struct.pack(">IIBBBBB", 8, 4, depth, 0, 0, 0, 0)  # PNG specification, 11.2.2
+    packed = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", packed), chunk(b"IEND", b""))
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    assert np.array_equal(decode_mask(png, (4, 8))[:, :, 0], numbers)
+
+
+def test_a_batch_that_was_sent_and_moved_keeps_keys_and_names(tiny_data):
+    with Stream(tiny_data, batch_size=5, threads=1) as stream:
+        batch = next(stream)
+        sent = pickle.loads(pickle.dumps(batch)).to("cpu")
+    assert (sent.keys, sent.names) == (batch.keys, batch.names)
+    assert len(sent.keys) == 5

@@ -199,6 +199,32 @@ def test_balanced_weights_make_classes_equally_likely(tiny_data):
     assert abs(counts - 600).max() < 4 * np.sqrt(2400 * 3 / 16)
 
 
+def test_balanced_weights_hold_in_each_set_of_a_mixture(tiny_data, second_data):
+    both = np.concatenate([labels_of(tiny_data), labels_of(second_data)])
+    first = len(labels_of(tiny_data))
+    rare = (both != 1) | (np.arange(len(both)) >= first) | (np.cumsum(both == 1) == 1)
+    data = {tiny_data: 0.5, second_data: 0.5}
+    ids = read_ids(data, 2400, where=rare, weights="balanced", size=8)
+    counts = np.bincount(both[ids], minlength=4)
+    assert abs(counts - 600).max() < 4 * np.sqrt(2400 * 3 / 16)
+    lacking = (both != 1) | (np.arange(len(both)) >= first)
+    with pytest.raises(UsageError, match="cannot balance class 'bird': not every dataset"):
+        Stream(data, where=lacking, weights="balanced", **SMALL)
+
+
+def test_keys_that_two_sets_of_a_mixture_have_are_refused(tiny_data, second_data, tmp_path):
+    path = tmp_path / "table.csv"
+    keys = [sample_key(number, place) for number in range(5) for place in range(10)]
+    path.write_text("key,year\n" + "".join(f"{key},3\n" for key in keys))
+    data = {tiny_data: 0.5, second_data: 0.5}
+    with pytest.raises(UsageError, match="the mixture has key 000000_00000 more than once"):
+        Stream(data, where={"year": 3}, table=path, **SMALL)
+    with Stream(data, **SMALL) as stream:
+        with pytest.raises(KeyError, match="'000000_00000' more than once; give an id, as"):
+            stream["000000_00000"]
+        assert stream["000000_00009"].id == 9  # the second set has shards of 4
+
+
 def test_a_mixture_holds_its_shares_and_each_set_its_own_order(tiny_data, second_data):
     first, second = len(labels_of(tiny_data)), len(labels_of(second_data))
     data = {str(tiny_data): 0.7, str(second_data): 0.3}
@@ -242,10 +268,14 @@ shares = st.lists(st.floats(0.02, 5), min_size=2, max_size=4)
 def test_a_mixture_is_a_pure_function_of_the_position(weights, start, cuts, data):
     sizes = [data.draw(st.integers(1, 500)) for _ in weights]
     orders = [FullShuffle([size], number) for number, size in enumerate(sizes)]
+    orders[0] = WeightedOrder([sizes[0]], 5, np.arange(1, sizes[0] + 1))
     mixture = Mixture(orders, weights, np.array(sizes))
     whole = mixture.list_slots(start, sum(cuts))
     firsts = [start + sum(cuts[:k]) for k in range(len(cuts))]
     parts = [mixture.list_slots(at, count) for at, count in zip(firsts, cuts, strict=True)]
+    assert (
+        whole.epochs[whole.ids < sizes[0]] == whole.turns[whole.ids < sizes[0]] // sizes[0]
+    ).all()
     for column, pieces in zip(whole, zip(*parts, strict=True), strict=False):
         assert column.tolist() == [x for piece in pieces for x in piece.tolist()]
     # From the start of a block on, counts are never off by more than one.
@@ -296,7 +326,9 @@ def test_patterns_match_keys_as_fnmatch_does(patterns, sizes):
     patterns = [*patterns, "*" + "".join(patterns)]
     keys = [sample_key(number, place) for number, size in enumerate(sizes) for place in range(size)]
     expected = [any(fnmatchcase(key, one) for one in patterns) for key in keys]
-    assert match_keys(reader, patterns).tolist() == expected
+    found, matched = match_keys(reader, patterns)
+    assert found.tolist() == expected
+    assert matched == {one for one in patterns if any(fnmatchcase(key, one) for key in keys)}
 
 
 @pytest.mark.parametrize("settings", [*SELECTIONS, {"mixed": True}], ids=repr)
@@ -367,7 +399,13 @@ def test_a_saved_selection_is_the_same_again(tmp_path):
             r"class .* is none of the 4 of this set; did you mean",
         ),
         ({"where": {"class": "zzz"}}, r"class 'zzz' is none .*; describe lists them"),
-        ({"where": {"label": 9}}, r"where={'label': 9} leaves none of the 48 samples of split"),
+        ({"where": {"label": 9}}, r"where\['label'\] has 9, and no sample of split 'train' has it"),
+        ({"where": {"label": [0, 9]}}, r"where\['label'\] has 9, and no sample of split 'train'"),
+        ({"where": {"key": ["000000_00000", "000009*"]}}, r"where\['key'\] has '000009\*', and no"),
+        (
+            {"where": {"label": 1, "key": "*_00000"}, "split_by": {"train": 1e-9, "val": 1}},
+            "leaves",
+        ),
         ({"where": np.zeros(48, bool)}, r"where=the mask leaves none of the 48 samples"),
         ({"where": np.arange(48)}, r"where is an array of int64; a mask is of true and false"),
         ({"where": np.ones(47, bool)}, r"where has 47 values, and split 'train' 48 samples"),
@@ -410,6 +448,7 @@ def test_settings_that_do_not_go_together_are_refused(settings, line):
         ("key,year\n1,2,3\n", r"line 2 has 3 values, the first 2"),
         ("key,yeer\n1,2\n", r"has no column 'year'; it has 'yeer'"),
         ("", r"has no row"),
+        ("id,year\n0,1\n0,2\n", r"has id 0 more than once, so that a row is not that of one"),
     ],
     ids=repr,
 )  # fmt: skip
