@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from numbers import Real
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeAlias
@@ -261,7 +262,7 @@ class Stream:
             here, there = own.get(name), state.get(name)
             if there != here:
                 raise ValueError(f"a state of another stream: {name} was {there!r}, is {here!r}")
-        config = replace(self._reader.config, position=state["position"])
+        config = replace(self._reader.config, position=state.get("position", "missing"))
         self._loader.close()
         self._position = config.position
         self._loader = Loader(self._reader, config.position, self.waits)
@@ -462,10 +463,10 @@ def _check_shares(data: Data) -> Mapping[DataPath, float]:
     Raises:
         ValueError: no dataset, or a share that is no number above 0.
     """
-    if not isinstance(data, Mapping):
+    if isinstance(data, str | os.PathLike):
         return {data: 1.0}
-    shares = data.values()
-    if not data or not all(isinstance(x, int | float) and 0 < x < math.inf for x in shares):
+    shares = list(data.values()) if isinstance(data, Mapping) else []
+    if not shares or not all(isinstance(x, Real) and 0 < x < math.inf for x in shares):
         raise ValueError(f"data is {data!r:.200}; a mixture takes datasets with shares above 0")
     return data
 

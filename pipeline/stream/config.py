@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,11 @@ Color = float | Sequence[tuple[int, float]]
 """Standard deviation of the colour draws, in those of the training images, 0 or more: one for all
 epochs, or pairs (first epoch, deviation) whose epochs rise from 0."""
 
+COUNTS = (
+    "batch_size", "seed", "split_seed", "position", "rank", "world_size", "window", "threads",
+    "prefetch",
+)  # fmt: skip
+"""Settings that are whole numbers."""
 CHOICES = {"crop": Crop, "shuffle": Shuffle, "dtype": Dtype, "layout": Layout}
 CROP = 224
 """Height and width of a training crop in the paper, in pixels."""
@@ -135,7 +141,8 @@ class StreamConfig:
     each sample, which is found by the column `id`, `key` or `name`."""
     split_by: Mapping[str, float] | None = None
     """Parts drawn from the stored split `train`, with their shares: {"train": 0.9, "val": 0.1};
-    `split` then names one of them. A sample's part follows from `split_seed` and the sample."""
+    `split` then names one of them. A sample's part follows from `split_seed`, the sample, and the
+    shares in the order of the mapping."""
     split_seed: int = 0
     """Seed of `split_by`, apart from `seed`: runs with other seeds keep their parts."""
     group: str | None = None
@@ -242,20 +249,7 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         """Bring settings to one spelling, and check every one that has a range or a choice."""
-        name = str(self.device)
-        self._set("device", {"cuda": "gpu", "cpu:0": "cpu"}.get(name, name))
-        if not re.fullmatch("cpu|gpu|cuda:[0-9]+", self.device):
-            raise ValueError(f"device is {self.device!r}; it takes cpu, gpu, cuda, or cuda:NUMBER")
-        self._set("dtype", self.dtype and str(self.dtype).removeprefix("torch."))
-        for name in ("mean", "std", "scale", "ratio", "size", "fields", "masks"):
-            value = getattr(self, name)
-            value = value.tolist() if hasattr(value, "tolist") else value  # an array
-            if isinstance(value, Sequence) and not isinstance(value, str):
-                self._set(name, tuple(value))
-        if isinstance(self.size, tuple) and len(set(self.size)) == 1 and len(self.size) == 2:
-            self._set("size", self.size[0])
-        if self.dtype == ("float16" if self.on_gpu else "float32"):
-            self._set("dtype", None)
+        self._convert()
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in (words := get_args(choices)) and (name, value) != ("dtype", None):
@@ -278,6 +272,34 @@ class StreamConfig:
         self._check_shape()
         self._check_normalization()
         self._check_selection()
+
+    def _convert(self) -> None:
+        """Bring settings to one spelling: numbers and arrays of other libraries, names of devices.
+
+        Raises:
+            ValueError: one is no whole number, or no device.
+        """
+        for name in COUNTS:
+            if (value := getattr(self, name)) is not None:
+                try:
+                    self._set(name, operator.index(value))
+                except TypeError as error:
+                    raise ValueError(f"{name} is {value!r:.40}; it is a whole number") from error
+        device = str(self.device)
+        self._set("device", {"cuda": "gpu", "cpu:0": "cpu"}.get(device, device))
+        if not re.fullmatch("cpu|gpu|cuda:[0-9]+", self.device):
+            raise ValueError(f"device is {self.device!r}; it takes cpu, gpu, cuda, or cuda:NUMBER")
+        self._set("dtype", self.dtype and str(self.dtype).removeprefix("torch."))
+        for name in ("mean", "std", "scale", "ratio", "size", "fields", "masks"):
+            value = getattr(self, name)
+            value = value.tolist() if hasattr(value, "tolist") else value  # an array
+            if isinstance(value, Sequence) and not isinstance(value, str):
+                value = tuple(value)
+            self._set(name, value)
+        if isinstance(self.size, tuple) and len(set(self.size)) == 1 and len(self.size) == 2:
+            self._set("size", self.size[0])
+        if self.dtype == ("float16" if self.on_gpu else "float32"):
+            self._set("dtype", None)
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # only while it is being made
@@ -369,7 +391,7 @@ class StreamConfig:
                 if getattr(self, name):
                     raise ValueError(f"{name} is {getattr(self, name)!r}, and split_by is not set")
             return
-        shares = list(self.split_by.values())
+        shares = list(self.split_by.values()) if isinstance(self.split_by, Mapping) else [0]
         if not all(isinstance(share, Real) and 0 < share < math.inf for share in shares):
             raise ValueError(f"split_by is {self.split_by!r}; it takes names with shares above 0")
         if self.split not in self.split_by:

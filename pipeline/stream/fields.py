@@ -248,7 +248,11 @@ def load_labels(given: Any, count: int) -> Labels | None:
             raise UsageError(
                 f"{what} cannot be read ({summarize_error(error)}); name a .npy file"
             ) from error
-    labels = np.asarray(given)
+    given = given.detach().cpu() if hasattr(given, "detach") else given  # a tensor
+    try:
+        labels = given if isinstance(given, np.memmap) else np.asarray(given).copy()
+    except (TypeError, ValueError) as error:  # bfloat16, rows of unequal lengths
+        raise UsageError(f"{what} are no array ({summarize_error(error)})") from error
     if labels.dtype not in (np.float32, np.int64):
         raise UsageError(
             f"{what} are {labels.dtype}; give float32 or int64, as by .astype('float32')"

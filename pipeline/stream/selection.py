@@ -268,7 +268,7 @@ class _Samples:
     def apply(self, where: Mapping[str, Any] | Flags) -> Flags:
         """Return which samples pass a filter, bool [N]."""
         if not isinstance(where, Mapping):
-            mask = np.asarray(where)
+            mask = np.array(where)  # a copy: what the caller does to his own does not matter
             if mask.dtype != bool:
                 raise UsageError(f"where is an array of {mask.dtype}; a mask is of true and false")
             self._check_length("where", mask)
@@ -308,7 +308,7 @@ class _Samples:
         if isinstance(weights, str):  # balanced
             found = self._balance(kept)
         else:
-            found = np.asarray(weights, np.float64)
+            found = _to_numbers(weights)
             self._check_length("weights", found)
         wrong = np.flatnonzero(~((found >= 0) & np.isfinite(found)))
         if len(wrong):
@@ -352,7 +352,7 @@ class _Samples:
 
     def _match(self, name: str, wanted: Any) -> Flags:
         """Return which samples have one of the wanted values, bool [N]."""
-        if name == "class":
+        if name == "class" and not callable(wanted):
             table = np.zeros(len(self._reader.manifest.classes), bool)
             table[[self._find_class(one) for one in _as_list(wanted)]] = True
             return table[self.labels]
@@ -409,15 +409,23 @@ class _Samples:
         )
 
     def _find_column(self, name: str) -> npt.NDArray[Any]:
-        """Return labels, sizes, or a column of the table, one value a sample: [N]."""
+        """Return what is known by a name, or a column of the table, one value a sample: [N]."""
         if name == "label":
             return self.labels
+        if name == "id":
+            return np.arange(self.count)
+        if name == "class":
+            return np.array(self._reader.manifest.classes)[self.labels]
+        if name == "key":
+            return np.array(self._reader.read_keys(np.arange(self.count)))
+        if name == "name":
+            return np.array(self._names)
         if name in ("height", "width"):
             return self._reader.read_sizes(np.arange(self.count))[name == "width"]
         if self._config.table is None:
             raise UsageError(
-                f"{name!r} is no label, class, key or size: name the table with this column "
-                "(table='FILE.csv')"
+                f"{name!r} is no id, label, class, key, name or size: name the table that has "
+                "this column (table='FILE.csv')"
             )
         if name not in self._table:
             near = difflib.get_close_matches(name, self._table)
@@ -428,7 +436,8 @@ class _Samples:
     @functools.cached_property
     def _table(self) -> dict[str, npt.NDArray[Any]]:
         assert self._config.table is not None
-        return read_table(Path(self._config.table))
+        group = self._config.group
+        return read_table(Path(self._config.table), texts=(group,) if group else ())
 
     @functools.cached_property
     def _rows(self) -> Ids:
@@ -515,7 +524,21 @@ def _match_texts(texts: Sequence[str], patterns: Sequence[str]) -> tuple[Flags, 
     return found, matched
 
 
+def _to_numbers(weights: Any) -> Weights:
+    """Return weights as an array of their own, float64."""
+    given = weights.detach().cpu() if hasattr(weights, "detach") else weights  # a tensor
+    try:
+        found = np.array(given)
+    except ValueError as error:  # rows of unequal lengths
+        raise UsageError(f"weights is no array of numbers ({error})") from error
+    if found.dtype.kind not in "biuf":
+        raise UsageError(f"weights is an array of {found.dtype}; it takes numbers, 0 or more")
+    return found.astype(np.float64)
+
+
 def _as_list(wanted: Any) -> list[Any]:
+    if getattr(wanted, "ndim", None) == 0:  # one value, as an array or a tensor
+        return [wanted.item()]
     return [wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted)
 
 

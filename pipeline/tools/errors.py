@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from pipeline.tools.stdio import OutputError, standard_streams
 from pipeline.tools.text import clean, first_line
 
-REBUILD = "delete the data set's folder and build it again"
+REBUILD = "make the data set anew, in another folder"
 """Advice for damage that cannot be repaired in place."""
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ from pipeline.tools.jsonl import read_all_rows
 from pipeline.tools.packages import require_package
 
 
-def read_table(path: Path) -> dict[str, npt.NDArray[Any]]:
+def read_table(path: Path, texts: Collection[str] = ()) -> dict[str, npt.NDArray[Any]]:
     """Read the columns of a table: CSV or TSV with a first line of names, JSON lines, or Parquet.
 
-    Columns of numbers become int64 or float64, all others text.
+    Columns of numbers become int64, or float64 with NaN where a value is missing; all others text,
+    as it is written. Text is a number only if no two different texts are the same one: not 1.1 and
+    1.10, and not 007.
+
+    Args:
+        path: the table; its ending says what it is.
+        texts: names of columns that stay text, besides `key` and `name`.
 
     Raises:
         UsageError: it cannot be read, or has no row.
@@ -27,7 +34,7 @@ def read_table(path: Path) -> dict[str, npt.NDArray[Any]]:
     """
     try:
         columns = {
-            name: np.asarray(column).astype(str) if name in ("key", "name") else _to_array(column)
+            name: _to_texts(column) if name in ("key", "name", *texts) else _to_array(column)
             for name, column in _READERS.get(path.suffix, _read_csv)(path)
         }
     except (OSError, ValueError, csv.Error) as error:
@@ -41,6 +48,8 @@ def _read_csv(path: Path) -> Iterable[tuple[str, Sequence[Any]]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
     for number, row in enumerate(rows, 1):
+        if len(set(rows[0])) < len(rows[0]):
+            raise ValueError(f"its first line names a column twice: {', '.join(rows[0])}")
         if len(row) != len(rows[0]):
             raise ValueError(f"line {number} has {len(row)} values, the first {len(rows[0])}")
     return zip(rows[0], zip(*rows[1:], strict=True), strict=False) if rows else ()
@@ -69,6 +78,11 @@ def _read_parquet(path: Path) -> Iterable[tuple[str, Sequence[Any]]]:
 _READERS = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
+def _to_texts(column: Sequence[Any]) -> npt.NDArray[Any]:
+    """Return a column as text; what is missing is empty."""
+    return np.array(["" if value is None else str(value) for value in column])
+
+
 def _to_array(column: Sequence[Any]) -> npt.NDArray[Any]:
     """Return a column as int64, float64 or text."""
     array = np.asarray(column)
@@ -76,9 +90,15 @@ def _to_array(column: Sequence[Any]) -> npt.NDArray[Any]:
         return array.astype(np.int64)
     if array.dtype.kind == "f":
         return array.astype(np.float64)
-    array = array.astype(str)
-    if not (np.char.find(array, "_") >= 0).any():  # Python takes 1_0 for a number
-        for kind in (np.int64, np.float64):
-            with contextlib.suppress(ValueError, OverflowError):
-                return array.astype(kind)
-    return array
+    texts = _to_texts(column)
+    known = np.unique(texts)
+    with contextlib.suppress(ValueError, OverflowError):
+        if [str(int(text)) for text in known.tolist()] == known.tolist():
+            return texts.astype(np.int64)
+    with contextlib.suppress(ValueError):
+        filled = np.where(texts == "", "nan", texts)
+        numbers = filled.astype(np.float64)
+        is_written = re.search(r"_|(^|\s)[+-]?0\d", " ".join(known.tolist())) is None  # 1_0, 007
+        if is_written and len(np.unique(numbers)) == len(np.unique(filled)):
+            return numbers
+    return texts

@@ -17,7 +17,7 @@ import pytest
 from pipeline.remote import lease
 from pipeline.remote.cache import Cache
 from pipeline.remote.target import WORK, FolderTarget, StoreTarget
-from pipeline.tools.errors import SetupError, UsageError
+from pipeline.tools.errors import SetupError, UsageError, hint_resume
 from pipeline.tools.files import try_lock
 from tests.helpers.build_targets import (  # noqa: F401
     CLAIM,
@@ -100,7 +100,7 @@ def test_a_claim_is_kept_fresh_and_its_loss_ends_the_build(memory, quick_claims)
     path = f"/{memory.removeprefix('memory://')}/{CLAIM}"
 
     def hold() -> None:
-        with target.reserve():
+        with target.reserve(), hint_resume("what is done is kept"):
             before = system.modified(path)
             deadline = time.monotonic() + 5
             while system.modified(path) == before and time.monotonic() < deadline:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -409,7 +410,10 @@ def test_a_saved_selection_is_the_same_again(tmp_path):
         ({"where": np.zeros(48, bool)}, r"where=the mask leaves none of the 48 samples"),
         ({"where": np.arange(48)}, r"where is an array of int64; a mask is of true and false"),
         ({"where": np.ones(47, bool)}, r"where has 47 values, and split 'train' 48 samples"),
-        ({"where": {"year": 3}}, r"'year' is no label, class, key or size: name the table"),
+        (
+            {"where": {"year": 3}},
+            r"'year' is no id, label, class, key, name or size: name the table",
+        ),
         ({"where": {"label": lambda column: 3}}, r"the function of where\['label'\] returns int"),
         ({"weights": np.zeros(48)}, r"weights sum to 0: no sample could be drawn"),
         ({"weights": [1.0] * 3}, r"weights has 3 values, and split 'train' 48 samples"),
@@ -489,16 +493,65 @@ def test_images_that_are_too_small_may_be_left_out(image_folder, tmp_path):
         assert next(stream).images.shape == (12, 3, 80, 64)
 
 
-def test_columns_of_numbers_are_numbers_and_keys_stay_text(tmp_path):
+def test_columns_of_numbers_are_numbers_and_others_stay_text_as_written(tmp_path):
     path = tmp_path / "table.csv"
-    path.write_text(
-        "key,name,count,share,code\n000000_00001,7,3,0.5,1_0\n000000_00002,8,-4,1e3,2_0\n"
-    )
-    table = read_table(path)
+    rows = [
+        "key,name,count,share,code,site,patient,year,uid",
+        "000000_00001,7,3,0.5,1_0,1.1,007,2001,10000000000000000000000",
+        "000000_00002,8,-4,1e3,2_0,1.10,008,,10000000000000000000001",
+    ]
+    path.write_text("\n".join(rows) + "\n")
+    table = read_table(path, texts=("share",))
+    year = table.pop("year")
+    assert year[0] == 2001
+    assert np.isnan(year[1])
     assert {name: column.tolist() for name, column in table.items()} == {
         "key": ["000000_00001", "000000_00002"],
         "name": ["7", "8"],
         "count": [3, -4],
-        "share": [0.5, 1000.0],
+        "share": ["0.5", "1e3"],
         "code": ["1_0", "2_0"],
+        "site": ["1.1", "1.10"],
+        "patient": ["007", "008"],
+        "uid": ["10000000000000000000000", "10000000000000000000001"],
     }
+    assert read_table(path)["share"].tolist() == [0.5, 1000.0]
+    lines = tmp_path / "table.jsonl"
+    lines.write_text('{"year": 2001, "boxes": [1]}\n{"year": null, "boxes": [1, 2]}\n')
+    with pytest.raises(UsageError, match=r"table.jsonl cannot be read"):
+        read_table(lines)
+    lines.write_text('{"year": 2001, "ok": true}\n{"year": null, "ok": false}\n')
+    table = read_table(lines)
+    assert np.isnan(table["year"][1])
+    assert table["ok"].tolist() == [1, 0]
+
+
+def test_rows_of_other_samples_move_nobody_to_another_part(tiny_data, tmp_path):
+    settings = {"split_by": {"train": 0.5, "val": 0.5}, "group": "patient", "once": True}
+    parts = []
+    for more in ("", "999999_00000,A12\n"):
+        path = tmp_path / f"table{len(more)}.csv"
+        rows = [f"{sample_key(i // 10, i % 10)},{i // 4:03d}\n" for i in range(48)]
+        path.write_text("key,patient\n" + "".join(rows) + more)
+        with Stream(tiny_data, split="val", table=path, **settings, **SMALL) as stream:
+            parts.append([i for batch in stream for i in batch.ids[batch.weights > 0].tolist()])
+    assert parts[0] == parts[1]
+
+
+def test_numbers_of_other_libraries_are_numbers(tiny_data):
+    mask = np.ones(48, bool)
+    settings = {"batch_size": np.int64(12), "seed": np.int64(3), "position": torch.tensor(12)}
+    label = torch.tensor(1)
+    where = {"label": label, "class": lambda names: names == CLASSES[1], "id": lambda ids: ids >= 0}
+    with Stream(tiny_data, size=np.int64(32), threads=1, where=where, **settings) as stream:
+        assert set(next(stream).labels.tolist()) == {1}
+        assert json.loads(json.dumps(stream.state_dict()))["position"] == 24
+        for position in ("8", 8.0, None):
+            with pytest.raises(ValueError, match=r"position is .*; it is a whole number"):
+                stream.load_state_dict(stream.state_dict() | {"position": position})
+    weights = torch.ones(48, requires_grad=True)
+    with Stream(tiny_data, where=mask, weights=weights, **SMALL) as stream:
+        state = stream.state_dict()
+        mask[:] = False  # it was copied
+        assert stream.state_dict() == state
+        next(stream)
