@@ -280,11 +280,12 @@ class StreamConfig:
             ValueError: one is no whole number, or no device.
         """
         for name in COUNTS:
-            if (value := getattr(self, name)) is not None:
-                try:
-                    self._set(name, operator.index(value))
-                except TypeError as error:
-                    raise ValueError(f"{name} is {value!r:.40}; it is a whole number") from error
+            if (value := getattr(self, name)) is None and name == "threads":
+                continue
+            try:
+                self._set(name, operator.index(value))
+            except TypeError as error:
+                raise ValueError(f"{name} is {value!r:.40}; it is a whole number") from error
         device = str(self.device)
         self._set("device", {"cuda": "gpu", "cpu:0": "cpu"}.get(device, device))
         if not re.fullmatch("cpu|gpu|cuda:[0-9]+", self.device):

@@ -25,7 +25,8 @@ from pipeline.stream.normalization import Floats, Normalization
 from pipeline.stream.order import Ids, Slots
 from pipeline.stream.prefetch import Prefetcher
 from pipeline.stream.quarantine import UNDECODABLE, HeaderCheck, Quarantine, TrialDecoder
-from pipeline.stream.selection import make_order, select
+from pipeline.stream.selection.filters import select
+from pipeline.stream.selection.record import make_order
 from pipeline.stream.shard_reader import Bytes, Damage
 from pipeline.stream.timing import Spent, WaitTimes
 from pipeline.stream.transfer import to_device

@@ -14,7 +14,7 @@ from pipeline.stream.config import split_batch
 from pipeline.stream.ledger.findings import LISTED, LedgerFinding, find_runs, format_runs, pluralize
 from pipeline.stream.ledger.format import ENDING, LedgerFile, scan_ledger
 from pipeline.stream.order import Ids
-from pipeline.stream.selection import Selection
+from pipeline.stream.selection.record import Selection
 from pipeline.tools.errors import UsageError
 
 FOLDER = "ledger"

@@ -25,7 +25,7 @@ from isal import isal_zlib
 
 from pipeline.stream.config import StreamConfig, split_batch
 from pipeline.stream.order import Ids
-from pipeline.stream.selection import Selection
+from pipeline.stream.selection.record import Selection
 from pipeline.tools.jsonl import parse_json
 
 VERSION = 1

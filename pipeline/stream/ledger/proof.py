@@ -27,7 +27,7 @@ from pipeline.stream.ledger.attempts import (
 from pipeline.stream.ledger.findings import LISTED, LedgerFinding, Proof, limit_findings, pluralize
 from pipeline.stream.ledger.format import Deliveries, LedgerFile
 from pipeline.stream.order import Ids, Mixture, Order
-from pipeline.stream.selection import Selection, make_order
+from pipeline.stream.selection.record import Selection, make_order
 from pipeline.tools.progress import Progress
 
 Flags = npt.NDArray[np.bool_]

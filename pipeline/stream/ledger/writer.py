@@ -28,7 +28,7 @@ from isal import isal_zlib
 
 from pipeline.stream.ledger.format import ENDING, LedgerHeader, encode_frame
 from pipeline.stream.order import Ids
-from pipeline.stream.selection import Selection
+from pipeline.stream.selection.record import Selection
 from pipeline.stream.transfer import to_device
 from pipeline.tools.errors import SetupError, UsageError
 

@@ -22,7 +22,8 @@ from pipeline.stream.config import StreamConfig
 from pipeline.stream.ledger.format import FRAME, scan_ledger
 from pipeline.stream.ledger.proof import prove
 from pipeline.stream.order import BlockShuffle, FullShuffle, Mixture, StoredOrder, WeightedOrder
-from pipeline.stream.selection import Selection, make_order, match_keys
+from pipeline.stream.selection.filters import match_keys
+from pipeline.stream.selection.record import Selection, make_order
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.tools.tables import read_table
 from tests.helpers.images import CLASSES, packed

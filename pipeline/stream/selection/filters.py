@@ -1,12 +1,8 @@
-"""Selection of the samples that a stream delivers: what its order follows from besides the seed.
+"""Filters, drawn parts and weights: from the settings of a stream to its `Selection`.
 
-    where      labels, classes, keys, columns of a table by key, or a mask
-    split_by   parts drawn from the stored training split
-    weights    draws with replacement instead of epochs without
-    mixtures   several datasets in fixed shares
-
-All of it is known when a stream is opened, and none of it changes afterwards: `make_order` is a
-pure function of a `Selection`, the seed and the name of the shuffle.
+where      labels, classes, keys, names, sizes, columns of a table by key, or a mask
+split_by   parts drawn from the stored training split
+weights    draws with replacement instead of epochs without
 """
 
 from __future__ import annotations
@@ -15,10 +11,8 @@ import difflib
 import fnmatch
 import functools
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,155 +24,18 @@ from pipeline.stream.augment import random_uint64, to_unit
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.mixture import MixedReader
 from pipeline.stream.order import (
-    BlockShuffle,
-    FullShuffle,
     Ids,
-    Mixture,
-    Order,
-    StoredOrder,
-    WeightedOrder,
     Weights,
 )
+from pipeline.stream.selection.record import Selection
 from pipeline.stream.shard_reader import Flags, ShardReader
-from pipeline.tools.errors import DamagedFile, UsageError
-from pipeline.tools.files import atomic_write
-from pipeline.tools.jsonl import hash_json
+from pipeline.tools.errors import UsageError
 from pipeline.tools.tables import read_table
 
 AT_ONCE = 1 << 15
 """Samples whose part is drawn together: their numbers stay in the cache of a CPU."""
 JOINS = ("id", "key", "name")
 """Columns of a table by which its rows are those of samples; the first that it has counts."""
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Selection:
-    """The samples that take part, of one dataset or several."""
-
-    identities: tuple[str, ...]
-    """`manifest.identity` of each dataset."""
-    shards: tuple[tuple[int, ...], ...]
-    """Samples in each shard of the split, for each dataset; ids count on from one to the next."""
-    shares: tuple[float, ...] = (1.0,)
-    """Share of each dataset in what is delivered, above 0."""
-    kept: Flags | None = None
-    """bool [N] by sample id: whether it takes part; None: all do."""
-    weights: Weights | None = None
-    """float64 [N] by sample id: weight in draws with replacement, 0 or more; None: no such draws,
-    each sample that takes part comes once an epoch."""
-
-    @property
-    def stored(self) -> int:
-        """Samples in all shards, N."""
-        return sum(map(sum, self.shards))
-
-    @property
-    def replaces(self) -> bool:
-        """True if a sample may come several times in an epoch."""
-        return self.weights is not None or len(self.shards) > 1
-
-    @property
-    def identity(self) -> str:
-        """Identity of the dataset; of several, a SHA-256 over theirs and their shares."""
-        if len(self.identities) == 1:
-            return self.identities[0]
-        return hash_json([self.identities, self.shares])
-
-    @functools.cached_property
-    def digest(self) -> str:
-        """SHA-256 of all of it; empty where every sample of one dataset takes part alike."""
-        if not self.replaces and self.kept is None:
-            return ""
-        digest = hashlib.sha256(json.dumps([self.identities, self.shards, self.shares]).encode())
-        for array in (self.kept, self.weights):
-            digest.update(b"none" if array is None else array.tobytes())
-        return digest.hexdigest()
-
-    def save(self, folder: Path) -> None:
-        """Write it into `folder`, where `load` finds it by its digest; twice is no harm."""
-        path = folder / _file_name(self.digest)
-        if not path.exists():
-            table = json.dumps([self.identities, self.shards, self.shares])
-            empty = np.zeros(0)
-            with atomic_write(path) as file:
-                np.savez_compressed(
-                    file,
-                    table=np.array(table),
-                    kept=empty.astype(np.uint8) if self.kept is None else np.packbits(self.kept),
-                    weights=empty if self.weights is None else self.weights,
-                )
-
-    @classmethod
-    def load(cls, folder: Path, digest: str) -> Selection:
-        """Read what `save` wrote.
-
-        Raises:
-            DamagedFile: it is missing, or not what was saved.
-        """
-        path = folder / _file_name(digest)
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                identities, shards, shares = json.loads(str(arrays["table"]))
-                kept, weights = arrays["kept"], arrays["weights"]
-            shards = tuple(map(tuple, shards))
-            stored = sum(map(sum, shards))
-            selection = cls(
-                identities=tuple(identities),
-                shards=shards,
-                shares=tuple(shares),
-                kept=np.unpackbits(kept, count=stored).astype(bool) if len(kept) else None,
-                weights=weights if len(weights) else None,
-            )
-        except Exception as error:  # NumPy raises many kinds for a damaged file
-            raise DamagedFile(path, f"the selection of a ledger cannot be read: {error}") from error
-        if selection.digest != digest:
-            raise DamagedFile(path, "it is not the selection that was saved")
-        return selection
-
-
-def _file_name(digest: str) -> str:
-    return f"selection-{digest[:16]}.npz"
-
-
-def make_order(selection: Selection, seed: int, name: str) -> Order | Mixture:
-    """Return the order of the samples.
-
-    Args:
-        selection: the samples.
-        seed: 0 or more.
-        name: `StreamConfig.order_name`: `full`, `block 16` or `stored`.
-    """
-    ends = np.cumsum([sum(sizes) for sizes in selection.shards])
-    if name == "stored":  # one pass over all, one dataset after the other: shares do not matter
-        every = [size for one in selection.shards for size in one]
-        return StoredOrder(every, seed, selected=_select_ids(selection.kept))
-    orders: list[Order] = []
-    for number, sizes in enumerate(selection.shards):
-        here = slice(int(ends[number]) - sum(sizes), int(ends[number]))
-        selected = _select_ids(None if selection.kept is None else selection.kept[here])
-        mine = seed if number == 0 else _derive_seed(seed, number)
-        if selection.weights is not None:
-            weights = selection.weights[here]
-            weights = weights if selected is None else weights[selected]
-            orders.append(WeightedOrder(sizes, mine, weights, selected=selected))
-        elif name == "full":
-            orders.append(FullShuffle(sizes, mine, selected=selected))
-        else:
-            window = int(name.removeprefix("block "))
-            orders.append(BlockShuffle(sizes, mine, window, selected=selected))
-    if len(orders) == 1:
-        return orders[0]
-    return Mixture(orders, selection.shares, np.array([sum(sizes) for sizes in selection.shards]))
-
-
-def _select_ids(kept: Flags | None) -> Ids | None:
-    return None if kept is None else np.flatnonzero(kept)
-
-
-def _derive_seed(seed: int, number: int) -> int:
-    """Return a seed of dataset `number`'s own: the datasets' orders have nothing in common."""
-    (word,) = random_uint64(seed, np.array([number]), np.zeros(1, np.int64), 1, name="mixture")
-    return int(word[0]) >> 1
 
 
 def select(
@@ -528,7 +385,7 @@ def _to_numbers(weights: Any) -> Weights:
     """Return weights as an array of their own, float64."""
     given = weights.detach().cpu() if hasattr(weights, "detach") else weights  # a tensor
     try:
-        found = np.array(given)
+        found = np.asarray(given)
     except ValueError as error:  # rows of unequal lengths
         raise UsageError(f"weights is no array of numbers ({error})") from error
     if found.dtype.kind not in "biuf":
