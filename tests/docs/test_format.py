@@ -16,6 +16,7 @@ from PIL import Image
 
 from pipeline import Stream
 from pipeline.stream import order
+from pipeline.stream.selection.record import Selection, make_order
 from tests.docs.pages import REPOSITORY
 from tests.helpers import format_reader as other
 from tests.helpers.images import flip_bit, packed
@@ -97,6 +98,32 @@ def test_many_orders(seed: int, monkeypatch: pytest.MonkeyPatch):
     assert ids == other.full_epoch(260, seed, 1, part=100)
     ids = order.BlockShuffle(sizes, seed, window=3).list_slots(0, 260).ids.tolist()
     assert ids == block_epoch(sizes, seed, 0, 3)
+
+
+@pytest.mark.parametrize("seed", [3, 2**63 - 1])
+def test_selected_weighted_and_mixed_orders(seed: int):
+    kept = np.arange(16) % 3 != 1
+    ids = np.flatnonzero(kept)
+    selection = Selection(identities=("a",), shards=((6, 6, 4),), kept=kept)
+    found = make_order(selection, seed, "full").list_slots(len(ids), len(ids)).ids
+    assert found.tolist() == ids[other.full_epoch(len(ids), seed, 1)].tolist()
+    weights = np.random.default_rng(seed % 97).random(16)
+    selection = Selection(identities=("a",), shards=((6, 6, 4),), weights=weights / weights.max())
+    found = make_order(selection, seed, "full").list_slots(0, 100).ids.tolist()
+    assert found == [other.weighted_id(seed, p, weights.tolist()) for p in range(100)]
+    selection = Selection(identities=("a", "b"), shards=((6, 6), (3, 4)), shares=(0.7, 0.3))
+    found = make_order(selection, seed, "full").list_slots(0, 1200).ids.tolist()
+    assert found == other.mixture_ids(seed, [12, 7], ["0.7", "0.3"], 1200)
+
+
+def test_parts_of_a_split(tiny_data: Path):
+    shares = {"train": 0.5, "val": 0.3, "test": 0.2}
+    for name in shares:
+        settings = {"split_by": shares, "split_seed": 11, "batch_size": 48, "once": True}
+        with Stream(tiny_data, split=name, size=8, threads=1, **settings) as stream:
+            batch = next(stream)
+        found = batch.ids[batch.weights > 0].tolist()
+        assert found == [k for k in range(48) if other.part_of(11, k, shares) == name]
 
 
 def test_members_are_those_of_the_page(tiny_data: Path):

@@ -6,10 +6,13 @@ NumPy holds arrays and reads `.npy`; its random generators are spelled out here.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import zlib
 from collections.abc import Iterator
+from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +99,7 @@ class Generator:
         return items
 
 
+@lru_cache(maxsize=64)
 def full_epoch(samples: int, seed: int, epoch: int, part: int = 2**21) -> list[int]:
     """Ids of an epoch of the shuffle `full`."""
     parts = 1 + samples // part
@@ -126,8 +130,8 @@ def block_windows(shards: list[int], seed: int, epoch: int, window: int) -> list
     return windows
 
 
-def word(seed: int, epoch: int, sample: int, k: int) -> int:
-    """Word k of a sample's draws."""
+def word(seed: int, epoch: int, sample: int, k: int, name: str = "") -> int:
+    """Word k of a sample's draws, or of those of a name."""
 
     def mix(v: int) -> int:
         v = (v ^ v >> 30) * 0xBF58476D1CE4E5B9 & DOUBLE
@@ -136,7 +140,55 @@ def word(seed: int, epoch: int, sample: int, k: int) -> int:
 
     golden = 0x9E3779B97F4A7C15
     state = mix(mix(mix(seed + golden & DOUBLE) + epoch & DOUBLE) + sample & DOUBLE)
+    if name:
+        digest = hashlib.sha256(name.encode()).digest()
+        state = mix(state + int.from_bytes(digest[:8], "little") & DOUBLE)
     return mix(state + (k + 1) * golden & DOUBLE)
+
+
+def unit(seed: int, name: str, epoch: int, sample: int) -> float:
+    """u(name; epoch, sample) of the page."""
+    return (word(seed, epoch, sample, 0, name) >> 11) / 2**53
+
+
+def part_of(seed: int, sample: int, shares: dict[str, float]) -> str:
+    """Part of a split that a sample is in."""
+    drawn, total, names = unit(seed, "split_by", 0, sample), 0.0, list(shares)
+    for name in names:
+        total += shares[name]
+        if drawn < total / sum(shares.values()):
+            return name
+    return names[-1]
+
+
+def weighted_id(seed: int, position: int, weights: list[float]) -> int:
+    """Id that a position of a weighted stream has."""
+    shares = [weight / max(weights) for weight in weights]
+    sums = list(itertools.accumulate(shares))
+    drawn = unit(seed, "weights", position, 0) * sums[-1]
+    return next(sample for sample, total in enumerate(sums) if total > drawn)
+
+
+def mixture_ids(seed: int, sizes: list[int], shares: list[str], position: int) -> list[int]:
+    """Ids of a mixture of `full` shuffles before a position; shares are decimals as text."""
+    exact = [Fraction(share) for share in shares]
+    ends = [total / sum(exact) for total in itertools.accumulate(exact)]
+
+    def before(block: int) -> list[int]:
+        counts = [0, *(int(1000 * block * end) for end in ends)]
+        return [b - a for a, b in itertools.pairwise(counts)]
+
+    seeds = [seed, *(word(seed, k, 0, 0, "mixture") >> 1 for k in range(1, len(sizes)))]
+    firsts = [0, *itertools.accumulate(sizes)]
+    had, ids = [0] * len(sizes), []
+    for block in range(-(-position // 1000)):
+        counts = [b - a for a, b in zip(before(block), before(block + 1), strict=True)]
+        listed = [k for k, count in enumerate(counts) for _ in range(count)]
+        for k in Generator(seed, block, len(sizes)).shuffle(listed):
+            epoch, place = divmod(had[k], sizes[k])
+            ids.append(firsts[k] + full_epoch(sizes[k], seeds[k], epoch)[place])
+            had[k] += 1
+    return ids[:position]
 
 
 def crop_of(seed: int, epoch: int, sample: int) -> tuple[int, int, bool]:
