@@ -48,7 +48,7 @@ from cluster.training.precision import compute_dtype, prepare_device  # noqa: E4
 from model.alexnet import AlexNet  # noqa: E402
 from model.architecture import Design  # noqa: E402
 from pipeline.stream.config import Device  # noqa: E402
-from pipeline.stream.decode import select_gpu  # noqa: E402
+from pipeline.stream.transfer import select_gpu  # noqa: E402
 from pipeline.tools.errors import DuetError, UsageError, run  # noqa: E402
 from pipeline.tools.units import cpu_count  # noqa: E402
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from pipeline.stream.transfer import select_gpu
+
 if TYPE_CHECKING:
     from cluster.config import Dtype
 
@@ -23,8 +25,6 @@ def choose_device(wanted: Literal["auto", "cpu", "gpu"]) -> torch.device:
         SetupError: `gpu` without a CUDA device.
     """
     if wanted == "gpu":
-        from pipeline.stream.decode import select_gpu  # here: it brings DALI
-
         select_gpu(wanted)
     cuda = wanted != "cpu" and torch.cuda.is_available()
     return torch.device("cuda" if cuda else "cpu")

@@ -13,7 +13,7 @@ operators        DALI's operators, imported at their first use
 decode           DALI graphs
 prefetch         an iterator run in a thread
 loader           batches, read and decoded ahead of need
-transfer         copies to a GPU that the host does not wait for
+transfer         choice of a GPU, and copies to it that the host does not wait for
 timing           seconds spent and waited, by stage
 ledger           record of what was delivered, and the proof of exactly once
 """

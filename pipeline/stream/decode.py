@@ -29,7 +29,8 @@ from pipeline.dataset.images import Encoding
 from pipeline.stream import operators as dali
 from pipeline.stream.augment import Draw, NamedDraw
 from pipeline.stream.config import StreamConfig
-from pipeline.tools.errors import SetupError, UsageError
+from pipeline.stream.transfer import select_gpu
+from pipeline.tools.errors import UsageError
 from pipeline.tools.units import cpu_count
 
 # Small host buffers come from a pool of DALI's own instead of malloc: what is left to malloc, a few
@@ -96,53 +97,19 @@ class Decoder:
         Raises:
             SetupError: device `gpu` without a CUDA device.
         """
-        inputs = _list_inputs(config, encoding)
-        masks = [(dali.types.UINT8, 3, "HWC")] * len(config.masks)
-        kinds, dimensions, layouts = zip(
-            *inputs.values(), *masks, *(_draw_type(one) for one in draws), strict=True
-        )
-        drawn = len(inputs) + len(masks)
-
-        def take() -> list[Any]:
-            given = source()
-            return [*(getattr(given, name) for name in inputs), *given.masks, *given.draws]
-
-        def open_source() -> list[Any]:
-            nodes = dali.fn.external_source(
-                source=take,
-                num_outputs=len(kinds),
-                batch=True,
-                dtype=list(kinds),
-                ndim=list(dimensions),
-                layout=list(layouts),
-                no_copy=True,
-            )
-            return list(nodes)
-
         self._config = config
+
+        def begin() -> _Nodes:
+            return _open_source(source, config, encoding, draws)
+
         if config.augment is None:
             self._pipe = open_pipeline(config)
             with self._pipe:
-                nodes = open_source()
-                known = dict(zip(inputs, nodes, strict=False))
-                pixels = make_pixels(config, encoding, **known)
-                self._pipe.set_outputs(pixels, *cut_masks(config, nodes[len(inputs) :], **known))
+                nodes = begin()
+                pixels = make_pixels(config, encoding, **nodes.inputs)
+                self._pipe.set_outputs(pixels, *cut_masks(config, nodes.masks, **nodes.inputs))
         else:
-
-            def begin() -> tuple[Any, Draw, Callable[[Any], Any]]:
-                nodes = open_source()
-                known = dict(zip(inputs, nodes, strict=False))
-                cut = cut_masks(config, nodes[len(inputs) : drawn], **known)
-                named = dict(zip((one.name for one in draws), nodes[drawn:], strict=True))
-                where = {name: known.pop(name, None) for name in ("images", "x", "y", "region")}
-                crops = cut_crops(config, encoding, **where)
-                return (
-                    crops,
-                    Draw(lambda one: named[one.name]),
-                    lambda made: (normalize_crops(config, made, **known), *cut),
-                )
-
-            self._pipe = _build_augmented(config, begin)
+            self._pipe = _build_augmented(config, lambda: _begin_crops(config, encoding, begin()))
         self._pipe.build()
 
     def run(self) -> DecodedBatch:
@@ -160,27 +127,6 @@ class Decoder:
             _check_shapes(self._config, output)
         images = to_batch(self._config, to_tensor(output, gpu))
         return DecodedBatch(images, [to_tensor(one, gpu).squeeze(-1) for one in masks])
-
-
-def select_gpu(device: str) -> int | None:
-    """Return the number of the GPU to decode on; None for the CPU.
-
-    Args:
-        device: `cpu`; `gpu` for the current GPU; or `cuda:` and a number.
-
-    Raises:
-        SetupError: there is no such CUDA device.
-    """
-    if device == "cpu":
-        return None
-    if not torch.cuda.is_available():
-        raise SetupError(f"device {device} needs a CUDA device, and torch sees none; use cpu")
-    if device == "gpu":
-        return torch.cuda.current_device()
-    number, count = int(device.removeprefix("cuda:")), torch.cuda.device_count()
-    if number >= count:
-        raise SetupError(f"device {device}: torch sees {count} CUDA devices, counted from 0")
-    return number
 
 
 def run_on_current_stream(pipe: dali.Pipeline) -> Any:
@@ -404,6 +350,66 @@ def _list_inputs(config: StreamConfig, encoding: Encoding) -> dict[str, _InputTy
     if config.divides or config.std is not None:
         inputs["divisor"] = number if config.std is None else numbers
     return inputs
+
+
+class _Nodes(NamedTuple):
+    """Nodes of a graph that its source feeds."""
+
+    inputs: dict[str, Any]
+    """Node of each field of a `DecoderInput` that `_list_inputs` names."""
+    masks: list[Any]
+    """Node of each mask of the config."""
+    draws: dict[str, Any]
+    """Node of each draw, by its name."""
+
+
+def _open_source(
+    source: Callable[[], DecoderInput],
+    config: StreamConfig,
+    encoding: Encoding,
+    draws: Sequence[NamedDraw],
+) -> _Nodes:
+    """Add a source to the graph that is being built; arguments as those of `Decoder`."""
+    inputs = _list_inputs(config, encoding)
+    masks = [(dali.types.UINT8, 3, "HWC")] * len(config.masks)
+    kinds, dimensions, layouts = zip(
+        *inputs.values(), *masks, *(_draw_type(one) for one in draws), strict=True
+    )
+
+    def take() -> list[Any]:
+        given = source()
+        return [*(getattr(given, name) for name in inputs), *given.masks, *given.draws]
+
+    nodes = list(
+        dali.fn.external_source(
+            source=take,
+            num_outputs=len(kinds),
+            batch=True,
+            dtype=list(kinds),
+            ndim=list(dimensions),
+            layout=list(layouts),
+            no_copy=True,
+        )
+    )
+    first, last = len(inputs), len(inputs) + len(masks)
+    return _Nodes(
+        inputs=dict(zip(inputs, nodes, strict=False)),
+        masks=nodes[first:last],
+        draws={one.name: node for one, node in zip(draws, nodes[last:], strict=True)},
+    )
+
+
+def _begin_crops(
+    config: StreamConfig, encoding: Encoding, nodes: _Nodes
+) -> tuple[Any, Draw, Callable[[Any], Any]]:
+    """Return what `_build_augmented` begins with: crops, draws, and what becomes of the crops."""
+    masks, known = cut_masks(config, nodes.masks, **nodes.inputs), dict(nodes.inputs)
+    where = {name: known.pop(name, None) for name in ("images", "x", "y", "region")}
+    return (
+        cut_crops(config, encoding, **where),
+        Draw(lambda one: nodes.draws[one.name]),
+        lambda made: (normalize_crops(config, made, **known), *masks),
+    )
 
 
 def _draw_type(draw: NamedDraw) -> _InputType:

@@ -18,7 +18,7 @@ from pipeline.dataset.manifest import identity
 from pipeline.remote.dataset import Dataset
 from pipeline.stream.augment import draw, draw_regions
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.decode import DecodedBatch, Decoder, DecoderInput, list_draws, select_gpu
+from pipeline.stream.decode import DecodedBatch, Decoder, DecoderInput, list_draws
 from pipeline.stream.fields import Labels, MemberReader, SampleMembers, load_labels
 from pipeline.stream.mixture import fit_config, load_statistics, open_reader
 from pipeline.stream.normalization import Floats, Normalization
@@ -29,7 +29,7 @@ from pipeline.stream.selection.filters import select
 from pipeline.stream.selection.record import make_order
 from pipeline.stream.shard_reader import Bytes, Damage
 from pipeline.stream.timing import Spent, WaitTimes
-from pipeline.stream.transfer import to_device
+from pipeline.stream.transfer import select_gpu, to_device
 from pipeline.tools.errors import REBUILD, DataError
 
 LOOKAHEAD = 4

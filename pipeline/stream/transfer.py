@@ -1,8 +1,10 @@
-"""Copies from host memory to a GPU that the host does not wait for."""
+"""Choice of a GPU, and copies to it that the host does not wait for."""
 
 from __future__ import annotations
 
 import torch
+
+from pipeline.tools.errors import SetupError
 
 
 def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -21,3 +23,24 @@ def to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type == "cpu":
         return values
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def select_gpu(device: str) -> int | None:
+    """Return the number of the GPU to decode on; None for the CPU.
+
+    Args:
+        device: `cpu`; `gpu` for the current GPU; or `cuda:` and a number.
+
+    Raises:
+        SetupError: there is no such CUDA device.
+    """
+    if device == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        raise SetupError(f"device {device} needs a CUDA device, and torch sees none; use cpu")
+    if device == "gpu":
+        return torch.cuda.current_device()
+    number, count = int(device.removeprefix("cuda:")), torch.cuda.device_count()
+    if number >= count:
+        raise SetupError(f"device {device}: torch sees {count} CUDA devices, counted from 0")
+    return number

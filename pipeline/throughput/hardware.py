@@ -18,8 +18,9 @@ import torch
 from isal import isal_zlib
 
 from pipeline.stream import operators as dali
-from pipeline.stream.decode import run_on_current_stream, select_gpu
+from pipeline.stream.decode import run_on_current_stream
 from pipeline.stream.shard_reader import Bytes
+from pipeline.stream.transfer import select_gpu
 from pipeline.throughput.clock import Rate, count_items, measure
 from pipeline.tools.files import drop_page_cache
 from pipeline.tools.packages import DALI, find_version

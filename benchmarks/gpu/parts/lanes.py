@@ -30,10 +30,10 @@ from pipeline.stream.decode import (
     DecoderInput,
     open_pipeline,
     run_to_tensor,
-    select_gpu,
 )
 from pipeline.stream.loader import BatchReader
 from pipeline.stream.prefetch import Prefetcher
+from pipeline.stream.transfer import select_gpu
 from pipeline.throughput.dali_reader import DaliReader
 
 MEMORY = 4096

@@ -10,7 +10,7 @@ import tyro
 
 from pipeline.dataset.manifest import Manifest
 from pipeline.stream.config import Device
-from pipeline.stream.decode import select_gpu
+from pipeline.stream.transfer import select_gpu
 from pipeline.tools.errors import UsageError
 
 STEPS = ("pixels", "damage", "sweep", "turns", "exact", "bare", "raw")

@@ -12,7 +12,7 @@ import fnmatch
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,11 +182,9 @@ class _Samples:
 
     def _balance(self, kept: Flags) -> Weights:
         """Return weights by which the classes of each dataset are equally likely, float64 [N]."""
-        found, start, classes = np.empty(self.count), 0, len(self._reader.manifest.classes)
+        found, classes = np.empty(self.count), len(self._reader.manifest.classes)
         there: list[Flags] = []
-        for part in self._reader.parts:
-            here = slice(start, start + len(part))
-            start = here.stop
+        for _, here in self._list_parts():
             labels = self.labels[here]
             counts = np.bincount(labels[kept[here]], minlength=classes)
             found[here] = 1 / np.maximum(counts, 1)[labels]
@@ -198,6 +196,13 @@ class _Samples:
                     "mixture has images of it; give weights as numbers"
                 )
         return found
+
+    def _list_parts(self) -> Iterator[tuple[ShardReader, slice]]:
+        """Yield the reader of each dataset, and its part of the ids."""
+        start = 0
+        for reader in self._reader.parts:
+            yield reader, slice(start, start + len(reader))
+            start += len(reader)
 
     def _check_length(self, name: str, array: npt.NDArray[Any]) -> None:
         if array.shape != (self.count,):
@@ -214,13 +219,10 @@ class _Samples:
             table[[self._find_class(one) for one in _as_list(wanted)]] = True
             return table[self.labels]
         if name == "key" and not callable(wanted):
-            flags = np.zeros(self.count, bool)
-            patterns, start = [str(one) for one in _as_list(wanted)], 0
+            flags, patterns = np.empty(self.count, bool), [str(one) for one in _as_list(wanted)]
             unseen = set(patterns)
-            for part in self._reader.parts:
-                found, matched = match_keys(part, patterns)
-                flags[start : start + len(found)] = found
-                start += len(found)
+            for part, here in self._list_parts():
+                flags[here], matched = match_keys(part, patterns)
                 unseen -= matched
             self._check_found(name, patterns, unseen)
             return flags
@@ -233,12 +235,15 @@ class _Samples:
         if callable(wanted):
             return self._ask(name, wanted, column)
         values = np.array(_as_list(wanted))
-        self._check_found(name, values, set(values[~np.isin(values, column)].tolist()))
-        return np.isin(column, values)
+        flags = np.isin(column, values)
+        unseen = set(values.tolist()).difference(np.unique(column[flags]).tolist())
+        self._check_found(name, values.tolist(), unseen)
+        return flags
 
     def _check_found(self, name: str, wanted: Iterable[Any], unseen: set[Any]) -> None:
         """Refuse a condition of which a value stands for no sample: most likely it is misspelt."""
-        if first := next((one for one in np.asarray(wanted).tolist() if one in unseen), None):
+        if unseen:
+            first = next(one for one in wanted if one in unseen)
             raise UsageError(
                 f"where[{name!r}] has {first!r:.100}, and no sample of split "
                 f"{self._config.stored_split!r} has it; leave it out"

@@ -402,6 +402,7 @@ def test_a_saved_selection_is_the_same_again(tmp_path):
         ),
         ({"where": {"class": "zzz"}}, r"class 'zzz' is none .*; describe lists them"),
         ({"where": {"label": 9}}, r"where\['label'\] has 9, and no sample of split 'train' has it"),
+        ({"where": {"height": [256, 0]}}, r"where\['height'\] has 0, and no sample of split"),
         ({"where": {"label": [0, 9]}}, r"where\['label'\] has 9, and no sample of split 'train'"),
         ({"where": {"key": ["000000_00000", "000009*"]}}, r"where\['key'\] has '000009\*', and no"),
         (
