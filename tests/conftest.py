@@ -135,6 +135,14 @@ def raw_data(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
+@pytest.fixture(scope="session")
+def second_data(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of other images of the same classes: the validation images of `tiny_data`."""
+    out = tmp_path_factory.mktemp("second") / "data"
+    packed(out, train=image_folder / "val", holdout=0.2, seed=5, samples_per_shard=4)
+    return out
+
+
 @pytest.fixture
 def data(tiny_data: Path, tmp_path: Path) -> Path:
     """A copy of `tiny_data` to do damage to."""

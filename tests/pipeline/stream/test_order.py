@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.stream import order as order_module
 from pipeline.stream.config import split_batch
-from pipeline.stream.order import BlockShuffle, FullShuffle, Order, StoredOrder
+from pipeline.stream.order import BlockShuffle, FullShuffle, Order, StoredOrder, WeightedOrder
 
 seeds = st.integers(0, 2**63 - 1)
 shards = st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any)
@@ -200,3 +200,34 @@ def test_a_full_shuffle_names_all_shards_soonest_first():
     assert list(named)[: len(set(read))] == list(dict.fromkeys(read.tolist()))
     assert sorted(named) == list(range(10))
     assert order.list_shards(35) is named
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(0, 2**62), st.data())
+def test_orders_of_a_selection_are_those_of_its_samples(sizes, seed, data):
+    total = sum(sizes)
+    kept = np.array(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)), bool)
+    if not kept.any():
+        return
+    selected = np.flatnonzero(kept)
+    orders = [
+        FullShuffle(sizes, seed, selected=selected),
+        BlockShuffle(sizes, seed, 2, selected=selected),
+        StoredOrder(sizes, seed, selected=selected),
+    ]
+    for order in orders:
+        n = len(selected)
+        assert order.samples == n
+        for epoch in range(2):
+            assert sorted(order.list_slots(epoch * n, n).ids) == selected.tolist()
+        starts = np.concatenate(([0], np.cumsum(sizes)))
+        shard = int(np.searchsorted(starts, order.list_slots(n // 2, 1).ids[0], "right")) - 1
+        assert shard in order.list_shards(n // 2)
+        assert all(kept[starts[s] : starts[s + 1]].any() for s in order.list_shards(0))
+        assert order.choose_substitute(1, int(selected[0]), 3) in selected
+    weights = np.arange(len(selected)) % 2 + (len(selected) == 1)
+    drawn = WeightedOrder(sizes, seed, weights, selected=selected)
+    slots = drawn.list_slots(5, 200)
+    heavy = set(selected[weights > 0].tolist())
+    assert set(slots.ids.tolist()) <= heavy
+    assert {drawn.choose_substitute(7, int(selected[0]), turn) for turn in range(9)} <= heavy
+    assert slots.turns.tolist() == list(range(5, 205))

@@ -16,38 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.batches import Stream
-from pipeline.dataset.index import load_index, sample_key
+from pipeline.dataset.index import sample_key
 from pipeline.dataset.manifest import Manifest
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.ledger.format import FRAME, scan_ledger
 from pipeline.stream.ledger.proof import prove
-from pipeline.stream.order import BlockShuffle, FullShuffle, Mixture, StoredOrder, WeightedOrder
 from pipeline.stream.selection.filters import match_keys
 from pipeline.stream.selection.record import Selection, make_order
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.tools.tables import read_table
 from tests.helpers.images import CLASSES, packed
-
-SMALL = {"batch_size": 12, "seed": 3, "threads": 1, "size": 32}
-
-
-@pytest.fixture(scope="module")
-def second_data(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set of other images of the same classes: the validation images of `tiny_data`."""
-    out = tmp_path_factory.mktemp("second") / "data"
-    packed(out, train=image_folder / "val", holdout=0.2, seed=5, samples_per_shard=4)
-    return out
-
-
-def labels_of(data: Path, split: str = "train") -> np.ndarray:
-    return load_index(data, split, Manifest.load(data))["label"].astype(np.int64)
-
-
-def read_ids(data, count: int, **settings) -> list[int]:
-    """Ids of the first `count` samples."""
-    with Stream(data, **SMALL | settings) as stream:
-        batches = itertools.islice(stream, -(-count // SMALL["batch_size"]))
-        return [i for batch in batches for i in batch.ids.tolist()][:count]
+from tests.helpers.streams import SMALL, labels_of, read_ids
 
 
 def expected_kept(data: Path) -> list[tuple[dict, np.ndarray]]:
@@ -201,123 +180,6 @@ def test_balanced_weights_make_classes_equally_likely(tiny_data):
     assert abs(counts - 600).max() < 4 * np.sqrt(2400 * 3 / 16)
 
 
-def test_balanced_weights_hold_in_each_set_of_a_mixture(tiny_data, second_data):
-    both = np.concatenate([labels_of(tiny_data), labels_of(second_data)])
-    first = len(labels_of(tiny_data))
-    rare = (both != 1) | (np.arange(len(both)) >= first) | (np.cumsum(both == 1) == 1)
-    data = {tiny_data: 0.5, second_data: 0.5}
-    ids = read_ids(data, 2400, where=rare, weights="balanced", size=8)
-    counts = np.bincount(both[ids], minlength=4)
-    assert abs(counts - 600).max() < 4 * np.sqrt(2400 * 3 / 16)
-    lacking = (both != 1) | (np.arange(len(both)) >= first)
-    with pytest.raises(UsageError, match="cannot balance class 'bird': not every dataset"):
-        Stream(data, where=lacking, weights="balanced", **SMALL)
-
-
-def test_keys_that_two_sets_of_a_mixture_have_are_refused(tiny_data, second_data, tmp_path):
-    path = tmp_path / "table.csv"
-    keys = [sample_key(number, place) for number in range(5) for place in range(10)]
-    path.write_text("key,year\n" + "".join(f"{key},3\n" for key in keys))
-    data = {tiny_data: 0.5, second_data: 0.5}
-    with pytest.raises(UsageError, match="the mixture has key 000000_00000 more than once"):
-        Stream(data, where={"year": 3}, table=path, **SMALL)
-    with Stream(data, **SMALL) as stream:
-        with pytest.raises(KeyError, match="'000000_00000' more than once; give an id, as"):
-            stream["000000_00000"]
-        assert stream["000000_00009"].id == 9  # the second set has shards of 4
-
-
-def test_a_mixture_holds_its_shares_and_each_set_its_own_order(tiny_data, second_data):
-    first, second = len(labels_of(tiny_data)), len(labels_of(second_data))
-    data = {str(tiny_data): 0.7, str(second_data): 0.3}
-    with Stream(data, **SMALL) as stream:
-        assert stream.samples == first + second
-        batches = list(itertools.islice(stream, 90))
-    ids = np.concatenate([batch.ids for batch in batches])
-    labels = np.concatenate([batch.labels for batch in batches])
-    assert np.count_nonzero(ids[:1000] >= first) == 300
-    mine = ids[ids < first]
-    assert mine.tolist() == FullShuffle([first], 3).list_slots(0, len(mine)).ids.tolist()
-    theirs = ids[ids >= first] - first
-    for start in range(0, len(theirs) - second, second):
-        assert sorted(theirs[start : start + second]) == list(range(second))
-    both = np.concatenate([labels_of(tiny_data), labels_of(second_data)])
-    assert (labels == both[ids]).all()
-    mean = [_channel_mean(one) for one in (tiny_data, second_data)]
-    assert np.allclose(stream.channel_mean, 0.7 * mean[0] + 0.3 * mean[1])
-    once = read_ids(data, first + second, once=True)
-    assert once == list(range(first + second))
-
-
-def _channel_mean(data: Path) -> np.ndarray:
-    with np.load(data / "stats.npz") as arrays:
-        return arrays["channel_mean"]
-
-
-def test_a_mixture_reads_a_store_through_the_cache(tiny_data, second_data, server, tmp_path):
-    settings = {"cache": tmp_path / "cache", "shuffle": "block", "window": 1}
-    local = read_ids({second_data: 0.5, tiny_data: 0.5}, 100, **settings)
-    assert read_ids({second_data: 0.5, server.address: 0.5}, 100, **settings) == local
-    size = sum(path.stat().st_size for path in tiny_data.glob("*.tar")) // 5
-    with pytest.raises(UsageError, match="cannot hold the 2 shards"):
-        read_ids({second_data: 0.5, server.address: 0.5}, 1, **settings, cache_size=size)
-
-
-shares = st.lists(st.floats(0.02, 5), min_size=2, max_size=4)
-
-
-@given(shares, st.integers(0, 2**40), st.lists(st.integers(0, 1500), max_size=5), st.data())
-def test_a_mixture_is_a_pure_function_of_the_position(weights, start, cuts, data):
-    sizes = [data.draw(st.integers(1, 500)) for _ in weights]
-    orders = [FullShuffle([size], number) for number, size in enumerate(sizes)]
-    orders[0] = WeightedOrder([sizes[0]], 5, np.arange(1, sizes[0] + 1))
-    mixture = Mixture(orders, weights, np.array(sizes))
-    whole = mixture.list_slots(start, sum(cuts))
-    firsts = [start + sum(cuts[:k]) for k in range(len(cuts))]
-    parts = [mixture.list_slots(at, count) for at, count in zip(firsts, cuts, strict=True)]
-    assert (
-        whole.epochs[whole.ids < sizes[0]] == whole.turns[whole.ids < sizes[0]] // sizes[0]
-    ).all()
-    for column, pieces in zip(whole, zip(*parts, strict=True), strict=False):
-        assert column.tolist() == [x for piece in pieces for x in piece.tolist()]
-    # From the start of a block on, counts are never off by more than one.
-    block = start // 1000
-    owners = np.searchsorted(np.cumsum(sizes), mixture.list_slots(block * 1000, 1000).ids, "right")
-    counts = np.bincount(owners, minlength=len(sizes))
-    assert np.abs(counts - 1000 * np.array(weights) / sum(weights)).max() < 2
-
-
-@given(st.lists(st.integers(0, 30), min_size=1, max_size=8), st.integers(0, 2**62), st.data())
-def test_orders_of_a_selection_are_those_of_its_samples(sizes, seed, data):
-    total = sum(sizes)
-    kept = np.array(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)), bool)
-    if not kept.any():
-        return
-    selected = np.flatnonzero(kept)
-    orders = [
-        FullShuffle(sizes, seed, selected=selected),
-        BlockShuffle(sizes, seed, 2, selected=selected),
-        StoredOrder(sizes, seed, selected=selected),
-    ]
-    for order in orders:
-        n = len(selected)
-        assert order.samples == n
-        for epoch in range(2):
-            assert sorted(order.list_slots(epoch * n, n).ids) == selected.tolist()
-        starts = np.concatenate(([0], np.cumsum(sizes)))
-        shard = int(np.searchsorted(starts, order.list_slots(n // 2, 1).ids[0], "right")) - 1
-        assert shard in order.list_shards(n // 2)
-        assert all(kept[starts[s] : starts[s + 1]].any() for s in order.list_shards(0))
-        assert order.choose_substitute(1, int(selected[0]), 3) in selected
-    weights = np.arange(len(selected)) % 2 + (len(selected) == 1)
-    drawn = WeightedOrder(sizes, seed, weights, selected=selected)
-    slots = drawn.list_slots(5, 200)
-    heavy = set(selected[weights > 0].tolist())
-    assert set(slots.ids.tolist()) <= heavy
-    assert {drawn.choose_substitute(7, int(selected[0]), turn) for turn in range(9)} <= heavy
-    assert slots.turns.tolist() == list(range(5, 205))
-
-
 patterns = st.text("01_*?[]!", max_size=6)
 
 
@@ -467,23 +329,6 @@ def test_a_table_that_does_not_fit_is_refused(tiny_data, tmp_path, text, line):
         Stream(tiny_data, where={"year": 3}, table=tmp_path / "none.csv", **SMALL)
 
 
-def test_sets_that_do_not_fit_each_other_are_refused(tiny_data, raw_data, image_folder, tmp_path):
-    with pytest.raises(UsageError, match="encoding jpeg and raw cannot be mixed"):
-        Stream({tiny_data: 1, raw_data: 1}, **SMALL)
-    few = tmp_path / "few"
-    for name in sorted(path.name for path in (image_folder / "train").iterdir())[:3]:
-        (few / name).parent.mkdir(exist_ok=True)
-        (few / name).symlink_to(image_folder / "train" / name)
-    packed(tmp_path / "three", train=few, holdout=0.2, samples_per_shard=10)
-    with pytest.raises(UsageError, match=r"of 4 and 3 classes cannot be mixed: '.*' is a class of"):
-        Stream({tiny_data: 1, tmp_path / "three": 1}, **SMALL)
-    for shares in ({}, {tiny_data: 0}, {tiny_data: "much"}):
-        with pytest.raises(ValueError, match="a mixture takes datasets with shares above 0"):
-            Stream(shares, **SMALL)
-    with pytest.raises(ValueError, match=r"a share of 0\.0001 is too small"):
-        Stream({tiny_data: 1, str(tiny_data): 0.0001}, **SMALL)
-
-
 def test_images_that_are_too_small_may_be_left_out(image_folder, tmp_path):
     train = image_folder / "train"
     packed(tmp_path / "data", train=train, holdout=0.1, size=64, fit="shorter", min_side=40)
@@ -493,39 +338,6 @@ def test_images_that_are_too_small_may_be_left_out(image_folder, tmp_path):
     with Stream(tmp_path / "data", where=where, **SMALL | {"size": (80, 64)}) as stream:
         assert 0 < stream.samples < 40
         assert next(stream).images.shape == (12, 3, 80, 64)
-
-
-def test_columns_of_numbers_are_numbers_and_others_stay_text_as_written(tmp_path):
-    path = tmp_path / "table.csv"
-    rows = [
-        "key,name,count,share,code,site,patient,year,uid",
-        "000000_00001,7,3,0.5,1_0,1.1,007,2001,10000000000000000000000",
-        "000000_00002,8,-4,1e3,2_0,1.10,008,,10000000000000000000001",
-    ]
-    path.write_text("\n".join(rows) + "\n")
-    table = read_table(path, texts=("share",))
-    year = table.pop("year")
-    assert year[0] == 2001
-    assert np.isnan(year[1])
-    assert {name: column.tolist() for name, column in table.items()} == {
-        "key": ["000000_00001", "000000_00002"],
-        "name": ["7", "8"],
-        "count": [3, -4],
-        "share": ["0.5", "1e3"],
-        "code": ["1_0", "2_0"],
-        "site": ["1.1", "1.10"],
-        "patient": ["007", "008"],
-        "uid": ["10000000000000000000000", "10000000000000000000001"],
-    }
-    assert read_table(path)["share"].tolist() == [0.5, 1000.0]
-    lines = tmp_path / "table.jsonl"
-    lines.write_text('{"year": 2001, "boxes": [1]}\n{"year": null, "boxes": [1, 2]}\n')
-    with pytest.raises(UsageError, match=r"table.jsonl cannot be read"):
-        read_table(lines)
-    lines.write_text('{"year": 2001, "ok": true}\n{"year": null, "ok": false}\n')
-    table = read_table(lines)
-    assert np.isnan(table["year"][1])
-    assert table["ok"].tolist() == [1, 0]
 
 
 def test_rows_of_other_samples_move_nobody_to_another_part(tiny_data, tmp_path):
