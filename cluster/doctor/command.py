@@ -109,7 +109,7 @@ class Examination:
     def _check_network(self) -> Iterator[Finding]:
         from cluster.doctor import network
 
-        yield from network.judge(self.gpus, bool(self.address))
+        yield from network.judge(self.gpus, self.address)
 
     def _check_ray(self) -> Iterator[Finding]:
         from cluster.doctor import ray_cluster

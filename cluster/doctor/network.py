@@ -1,18 +1,19 @@
-"""Checks of the network: host name, and a round trip between two processes as a pair makes it."""
+"""Checks of the network: interface, host name, and a round trip as a pair of workers makes it."""
 
 from __future__ import annotations
 
 import os
 import platform
-import re
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 
 from cluster.doctor.finding import Finding, fail, ok, warn
+from cluster.launch.interfaces import GLOO, NCCL, find_interface, is_interface, list_addresses
+from cluster.launch.session import read_auto_address, split_address
 from pipeline.tools.errors import summarize_error
 from pipeline.tools.files import read_text
 from pipeline.tools.text import human_bytes
@@ -21,75 +22,82 @@ SECONDS = 30
 """Timeout of each of the two processes; the doctor waits twice as long for both."""
 NUMBERS = 2**20
 """Number of float32 values that are sent."""
-INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
-def judge(gpus: int, cluster: bool) -> Iterator[Finding]:
-    """Judge host name, gloo and, with two GPUs, NCCL.
+def judge(gpus: int, head: str) -> Iterator[Finding]:
+    """Judge interface, host name, gloo and, with two GPUs, NCCL.
 
     Args:
         gpus: number of GPUs of this machine.
-        cluster: RAY_ADDRESS names a cluster.
+        head: RAY_ADDRESS; empty: a training uses this machine only.
     """
-    names = [name for _, name in socket.if_nameindex()]
-    chosen = {name: os.environ[name] for name in INTERFACE_VARIABLES if name in os.environ}
-    default = find_default_interface(names)
-    yield judge_host_name(platform.node(), cluster, chosen, names, default)
+    addresses = list_addresses()
+    chosen = {name: os.environ[name] for name in (GLOO, NCCL) if os.environ.get(name)}
+    yield judge_interface(find_own_address(head, addresses) if head else "", chosen, addresses)
+    yield judge_host_name(platform.node(), bool(head))
     yield try_round_trip("gloo")
     if gpus >= 2:
         yield try_round_trip("nccl")
 
 
-def find_default_interface(names: Sequence[str], routes: Path = Path("/proc/net/route")) -> str:
-    """Return the name of the interface with the default route; eth0 if it cannot be told."""
-    if found := re.search(r"^(\S+)\s+00000000\s", read_text(routes), re.MULTILINE):
-        return found[1]
-    real = (name for name in names if not name.startswith(("lo", "docker", "veth", "br-")))
-    return next(real, "eth0")
+def find_own_address(head: str, addresses: Mapping[str, list[str]]) -> str:
+    """Return the address of this machine from which it reaches a cluster's head; "" if unknown.
+
+    Args:
+        head: RAY_ADDRESS.
+        addresses: result of `list_addresses`.
+    """
+    host, port = split_address(read_auto_address()[0] if head == "auto" else head)
+    if find_interface(host, addresses):
+        return host
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host, port or 1, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(where)  # sends nothing: the kernel chooses the way
+            return str(probe.getsockname()[0])
+    except OSError:
+        return ""
 
 
-def judge_host_name(
-    host: str, cluster: bool, chosen: dict[str, str], names: Sequence[str], default: str
+def judge_interface(
+    own: str, chosen: Mapping[str, str], addresses: Mapping[str, list[str]]
 ) -> Finding:
-    """Judge whether other machines can reach this one at the address that gloo and NCCL use.
+    """Judge by which interface gloo and NCCL will connect a worker on this machine.
+
+    Args:
+        own: address by which a cluster knows this machine; empty: no cluster, or not known.
+        chosen: the variables of gloo and NCCL that are set, and their values.
+        addresses: result of `list_addresses`.
+    """
+    mend = f"export {GLOO}=NAME {NCCL}=NAME   # before `ray start`; here are {', '.join(addresses)}"
+    for variable, value in chosen.items():
+        if not is_interface(variable, value, addresses):
+            return fail("interface", f"{variable}={value}, and there is no such interface", mend)
+    if chosen:
+        return ok("interface", " ".join(f"{name}={value}" for name, value in chosen.items()))
+    if interface := find_interface(own, addresses):
+        return ok("interface", f"{interface}, which has {own}: the way to the cluster's head")
+    if own:
+        return warn("interface", f"{own} is the address of none here: gloo would guess", mend)
+    return ok("interface", "lo: workers of one machine meet there")
+
+
+def judge_host_name(host: str, cluster: bool) -> Finding:
+    """Judge whether this machine's own name leads other programs than the workers astray.
 
     Args:
         host: name of this machine.
         cluster: the training uses other machines.
-        chosen: the variables of `INTERFACE_VARIABLES` that are set, and their values.
-        names: interfaces of this machine.
-        default: the interface with the default route.
     """
-    mend = f"export GLOO_SOCKET_IFNAME={default} NCCL_SOCKET_IFNAME={default}   # on every machine"
-    for variable, value in chosen.items():
-        if not _is_interface(variable, value, names):
-            text = f"{variable}={value}, and there is no such interface here ({', '.join(names)})"
-            return fail("host name", text, mend)
-    if "GLOO_SOCKET_IFNAME" in chosen:
-        return ok("host name", f"{host}; gloo goes by {chosen['GLOO_SOCKET_IFNAME']}")
+    mend = "give it this machine's own address in /etc/hosts; the workers do without"
     try:
         address = socket.gethostbyname(host)
     except OSError:
-        return warn("host name", f"{host} has no address; between machines gloo needs one", mend)
-    if not address.startswith("127."):
-        return ok("host name", f"{host} is {address}")
-    if cluster:
-        text = f"{host} is {address} to itself: workers on other machines would not find it"
+        return warn("host name", f"{host} has no address", mend, unless=not cluster)
+    if cluster and address.startswith("127."):
+        text = f"{host} is {address} to itself: whoever tells it to another machine misleads that"
         return warn("host name", text, mend)
-    return ok("host name", f"{host} is {address}: good for this machine, not for a cluster")
-
-
-def _is_interface(variable: str, value: str, names: Sequence[str]) -> bool:
-    """Return whether the value of one of `INTERFACE_VARIABLES` names existing interfaces."""
-    parts = value.split(",")
-    if variable.startswith("GLOO"):
-        return all(part in names for part in parts)
-    # NCCL takes prefixes of names; `=` before whole names, `^` before those to exclude.
-    return value.startswith("^") or any(
-        name == part[1:] if part.startswith("=") else name.startswith(part)
-        for part in parts
-        for name in names
-    )
+    return ok("host name", f"{host} is {address}")
 
 
 def try_round_trip(backend: str) -> Finding:

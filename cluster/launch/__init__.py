@@ -5,7 +5,8 @@ placement    columns and replicas on nodes
 gpus         whether torch can use this machine's GPUs
 worker       entry point of a worker
 failure      what the error of a worker means
-rendezvous   workers of one machine meet on 127.0.0.1
+rendezvous   workers meet at the addresses of their nodes
+interfaces   network interfaces that gloo and NCCL use
 channel      events to the driver, stop requests to the workers
 session      attached or own Ray
 measurement  the profiler, run on workers

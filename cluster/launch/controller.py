@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from cluster.launch.placement import (
     Node,
     NoRoom,
     Placement,
+    describe_holders,
     describe_layout,
     find_draining_nodes,
     get_node_name,
@@ -150,9 +150,9 @@ class Controller:
         while True:
             try:
                 return self._place(list_nodes())
-            except NoRoom:
+            except NoRoom as error:
                 if self._number == 0 or time.monotonic() - start > RELEASE_TIMEOUT:
-                    raise
+                    raise name_holders(error) from None
             time.sleep(ROOM_EVERY)
 
     def _run_group(self, placement: Placement, interrupts: Callable[[], int]) -> WorkerGroup:
@@ -239,10 +239,11 @@ class Controller:
                     return placement
             except NoRoom as error:
                 if waited > timeout:
-                    raise
+                    raise name_holders(error) from None
                 if waited > RELEASE_TIMEOUT and waited - said > SAY_EVERY:
                     said, left = waited, self._config.node_wait - waited
-                    self._screen.say(f"waiting {left:,.0f} s more for nodes: {error}")
+                    why = name_holders(error)
+                    self._screen.say(f"waiting {left:,.0f} s more for nodes: {why}")
             if interrupts():
                 raise KeyboardInterrupt
             time.sleep(ROOM_EVERY)
@@ -370,24 +371,21 @@ def create_trainer(job: WorkerJob, scratch: str) -> Any:
     """Create the Ray Train trainer of a job."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.v2.api.config import LoggingConfig
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
     placement = job.placement
     resources: dict[str, float] = {"CPU": placement.cpus}
     if placement.gpus:
         resources["GPU"] = placement.gpus
     cuda = placement.gpus and not os.environ.get(FAKE_GPUS)
-    backend, timeout = "cpu:gloo,cuda:nccl" if cuda else "gloo", job.config.collective_timeout
-    if is_attached():
-        from ray.train.torch import TorchConfig, TorchTrainer
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    from cluster.launch.rendezvous import LoopbackTrainer, RendezvousConfig
 
-        trainer = partial(TorchTrainer, torch_config=TorchConfig(backend, timeout_s=timeout))
-    else:
-        from cluster.launch.rendezvous import LoopbackConfig, LoopbackTrainer
-
-        trainer = partial(LoopbackTrainer, backend_config=LoopbackConfig(backend, timeout))
+    trainer = DataParallelTrainer if is_attached() else LoopbackTrainer
     return trainer(
         run_worker,
         train_loop_config={"job": job},
+        backend_config=RendezvousConfig(backend, job.config.collective_timeout, job.driver),
         scaling_config=ScalingConfig(
             num_workers=len(placement.nodes),
             use_gpu=bool(placement.gpus),
@@ -432,6 +430,12 @@ def count_interrupts() -> Iterator[Callable[[], int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def name_holders(error: NoRoom) -> NoRoom:
+    """Return the error with the jobs that hold the room, if there are any."""
+    holders = describe_holders()
+    return NoRoom(f"{error}; in use are {holders}") if holders else error
 
 
 def filter_reachable(nodes: list[Node]) -> list[Node]:

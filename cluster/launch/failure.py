@@ -38,6 +38,8 @@ FIRST_STEPS = 3
 else, so that a restart may help."""
 MOST_MEMORY = 0.9
 """Share of a GPU's memory that the estimate for a smaller batch may take."""
+COLOR = re.compile("\x1b\\[[0-9;]*m")
+"""Codes by which Ray colors its texts, also where nobody sees them."""
 DEATHS = ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ActorDiedError")
 """Ray Train's error types for a worker that died; one that raised is reported with its error."""
 
@@ -169,6 +171,17 @@ def suggest_images(memory: WorkerMemory, images: int, room: int, taken: int) -> 
     return images
 
 
+def describe_ray_error(error: BaseException | None) -> str:
+    """Return the cause that an error of Ray names, in one line."""
+    lines = [line.rstrip() for line in COLOR.sub("", str(error)).splitlines() if line.strip()]
+    # The trace of a task begins with its address in Ray, and ends with the error.
+    if any(line.startswith("ray::") for line in lines):
+        return next((line for line in reversed(lines) if not line[0].isspace()), lines[-1])
+    # Others begin with lines that only announce the next.
+    lines = [line.strip() for line in lines if not line.endswith(":")]
+    return (lines or [repr(error)])[0].split(". ")[0]
+
+
 @dataclass
 class Failure:
     """Causes of the failure of a group: the workers that died, and the error that came first."""
@@ -207,10 +220,7 @@ class Failure:
         if self.deaths:
             others = f" and {len(self.deaths) - 1} more" if len(self.deaths) > 1 else ""
             return f"the worker of {self.deaths[0]}{others} died: killed, or out of memory"
-        # Ray's own errors begin with lines that only announce the next.
-        lines = [line.strip() for line in str(self.raised).splitlines() if line.strip()]
-        lines = [line for line in lines if not line.endswith(":")]
-        return (lines or [repr(self.raised)])[0].split(". ")[0]
+        return describe_ray_error(self.raised)
 
     def build_error(self, run: Path, output: str = "") -> DuetError:
         """Build the error to exit with, and write all that is known to RUN/error.log.
@@ -221,7 +231,7 @@ class Failure:
         """
         trace = [self.event.trace] if self.event else []
         if not self.is_final:
-            trace += [str(self.raised), output]
+            trace += [COLOR.sub("", str(self.raised)), output]
         text, log = self.why, run / ERRORS
         try:
             body = "\n".join([time.strftime("%F %T"), text, *trace]) + "\n"

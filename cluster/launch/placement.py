@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import os
 import platform
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.config import Config
 from cluster.run.events import Worker
@@ -336,8 +337,9 @@ def list_nodes(mine: Placement | None = None) -> list[Node]:
 
     free, leaving = available_resources_per_node(), find_draining_nodes()
     held = Counter(mine.nodes) if mine else Counter[str]()
-    nodes = []
-    for node in ray.nodes():
+    nodes, all_nodes = [], ray.nodes()
+    names = name_nodes(all_nodes)
+    for node in all_nodes:
         identity = node["NodeID"]
         if not node["Alive"] or identity in leaving or identity not in free:
             continue
@@ -349,7 +351,7 @@ def list_nodes(mine: Placement | None = None) -> list[Node]:
         nodes.append(
             Node(
                 id=identity,
-                name=node["NodeManagerHostname"],
+                name=names[identity],
                 cpus=now["CPU"],
                 gpus=now["GPU"],
                 busy_cpus=max(0.0, has["CPU"] - now["CPU"]),
@@ -371,12 +373,49 @@ def uses_gpus(config: Config, has_gpus: bool) -> bool:
     return config.device == "gpu" or (config.device == "auto" and has_gpus)
 
 
-def get_node_name(identity: str) -> str:
-    """Return the host name of a node."""
+def name_nodes(nodes: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return the host name of each of `ray.nodes()` by its id, with the address if hosts share it.
+
+    Nodes of one address, as a host has that was started again, need none.
+    """
+    places = defaultdict[str, set[str]](set)
+    for node in nodes:
+        places[node["NodeManagerHostname"]].add(node["NodeManagerAddress"])
+    names = {}
+    for node in nodes:
+        name, address = node["NodeManagerHostname"], node["NodeManagerAddress"]
+        names[node["NodeID"]] = f"{name} ({address})" if len(places[name]) > 1 else name
+    return names
+
+
+def get_node_name(identity: str = "") -> str:
+    """Return the name of a node; without an id, of that of this worker."""
     import ray
 
-    names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-    return str(names.get(identity, identity[:12]))
+    identity = identity or ray.get_runtime_context().get_node_id()
+    return name_nodes(ray.nodes()).get(identity, identity[:12])
+
+
+def describe_holders() -> str:
+    """Return which jobs hold resources of the cluster; "" if none does, or it cannot be told."""
+    from ray._private.state import jobs
+    from ray.util import placement_group_table
+
+    drivers = {job["JobID"]: job for job in jobs()}
+    held: dict[str, Counter[str]] = {}
+    for identity, group in placement_group_table().items():
+        if group["state"] != "REMOVED":
+            # The id of what a job has made ends with the job's own.
+            job = next((name for name in drivers if identity.endswith(name)), "unknown")
+            for bundle in group["bundles"].values():
+                held.setdefault(job, Counter()).update(bundle)
+    parts = []
+    for job, resources in held.items():
+        what = " and ".join(f"{resources[k]:g} {k}s" for k in ("CPU", "GPU") if resources[k])
+        driver = drivers.get(job, {})
+        pid, address = driver.get("DriverPid"), driver.get("DriverIPAddress")
+        parts.append(f"{what} by job {job}" + f" (process {pid} on {address})" * bool(driver))
+    return "; ".join(parts)
 
 
 def find_draining_nodes() -> set[str]:

@@ -9,10 +9,11 @@ import shutil
 import signal
 import socket
 import stat
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ STARTING = 60.0
 """Seconds after which a session's folder without a holder is one that was left behind."""
 CONNECT_SECONDS = 5
 """Timeout of a connection to a port."""
+HEAD_SECONDS = 60.0
+"""Seconds in which a head must answer."""
+ASK_EVERY = 1.0
+"""Seconds between questions to a head that does not answer."""
+SAY_SECONDS = 10.0
+"""Seconds between lines about a head that does not answer."""
 GCS_PORT = 6379
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Keeps Ray's own lines off the terminal.
@@ -96,8 +103,10 @@ def ray_session(workers: int, gpus: int | None = None, *, preload: bool = True) 
         os.environ.setdefault(name, value)
     import ray
 
+    if attached:
+        ask_head(os.environ["RAY_ADDRESS"])
     if preload:
-        module = "ray.train.torch" if attached else "cluster.launch.rendezvous"
+        module = "cluster.launch.rendezvous"
         threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
     with nullcontext() if attached else make_session_folder() as scratch:
         try:
@@ -130,9 +139,9 @@ def examine_address(address: str) -> tuple[str, str] | None:
         text = f"{address} is for Ray's client, which Ray Train does not support"
         return text, "ray job submit, or RAY_ADDRESS=HEAD:6379 on the head"
     named = address
-    if address == "auto":  # the address that the last `ray start` of this machine has left
-        path = Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster")
-        address, named = read_text(path), f"auto, which is {read_text(path)} in {path},"
+    if address == "auto":
+        address, path = read_auto_address()
+        named = f"auto, which is {address} in {path},"
     if address in ("", "local"):
         return None
     host, port = split_address(address)
@@ -143,6 +152,63 @@ def examine_address(address: str) -> tuple[str, str] | None:
         mend += f"RAY_ADDRESS=HEAD:{GCS_PORT}; or unset RAY_ADDRESS"
         return f"{named} does not answer ({error})", mend
     return None
+
+
+def read_auto_address() -> tuple[str, Path]:
+    """Return the address that the last `ray start` of this machine has left, and its file."""
+    path = Path(os.environ.get("RAY_TMPDIR") or "/tmp", "ray", "ray_current_cluster")
+    return read_text(path), path
+
+
+def ask_head(address: str) -> None:
+    """Wait for an answer of the head at RAY_ADDRESS; Ray would wait much longer, and not say why.
+
+    Raises:
+        SetupError: it refuses the token, or what listens there does not answer as a head does.
+    """
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated.gcs_service_pb2 import GetClusterIdRequest
+    from ray.core.generated.gcs_service_pb2_grpc import NodeInfoGcsServiceStub
+
+    where = read_auto_address()[0] if address == "auto" else address
+    if where in ("", "local"):
+        return
+    start = said = time.monotonic()
+    with init_grpc_channel(where) as channel:
+        ask = NodeInfoGcsServiceStub(channel).GetClusterId
+        while True:
+            try:
+                ask(GetClusterIdRequest(), timeout=CONNECT_SECONDS)
+                return
+            except grpc.RpcError as error:
+                code, now = error.code(), time.monotonic()
+            if code == grpc.StatusCode.UNAUTHENTICATED:
+                raise SetupError(f"RAY_ADDRESS: the Ray at {where} {describe_refusal()}")
+            if now - start > HEAD_SECONDS:
+                words = code.name.lower().replace("_", " ")
+                raise SetupError(
+                    f"RAY_ADDRESS: {where} takes connections, but no Ray has answered there for "
+                    f"{now - start:,.0f} s ({words}): frozen, or another program; "
+                    "ray status   # on the head; or unset RAY_ADDRESS"
+                )
+            if now - said > SAY_SECONDS:
+                said = now
+                sys.stderr.write(f"no answer of the Ray at {where} for {now - start:,.0f} s\n")
+            time.sleep(ASK_EVERY)
+
+
+def describe_refusal(environment: Mapping[str, str] = os.environ) -> str:
+    """Return why a cluster does not take the token of this process, and what mends it."""
+    path = environment.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
+    copy = f"copy the head's ~/.ray/auth_token to {path} here, mode 600"
+    if environment.get("RAY_AUTH_MODE") != "token":
+        return f"wants a token, and none is sent; export RAY_AUTH_MODE=token, and {copy}"
+    if environment.get("RAY_AUTH_TOKEN"):
+        return f"refuses the token of RAY_AUTH_TOKEN: it is another one; unset it, and {copy}"
+    if not Path(path).expanduser().exists():
+        return f"wants a token, and there is no {path}; {copy}"
+    return f"refuses the token of {path}: it is another one; {copy}"
 
 
 def try_connection(address: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +18,7 @@ from cluster.launch.placement import (
     WorkerLocation,
     estimate_memory,
     find_gpu_index,
+    get_node_name,
     group_ranks,
     list_workers,
     read_gpu,
@@ -103,7 +103,7 @@ def describe_gpu(job: WorkerJob, steps: int) -> WorkerGpu | None:
         return None
     return WorkerGpu(
         name=format_device(read_gpu(ray.get_gpu_ids())),
-        node=platform.node(),
+        node=get_node_name(),
         node_id=ray.get_runtime_context().get_node_id(),
         images=config.microbatch_size(placement.replicas),
         memory=estimate_memory(config, None, placement.size),
@@ -122,7 +122,7 @@ def prepare_folder(job: WorkerJob) -> None:
         return
     if not job.config.store:
         raise SetupError(
-            f"{job.run} is not on node {platform.node()}; name a --run on storage that all nodes "
+            f"{job.run} is not on node {get_node_name()}; name a --run on storage that all nodes "
             "share, or a --store s3://..."
         )
     job.run.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def find_mesh(placement: Placement, config: Config) -> Any:
     gpu = read_gpu(ray.get_gpu_ids()) if placement.gpus else None
     index = find_gpu_index(gpu, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     here = ray.get_runtime_context().get_node_id()
-    mine = WorkerLocation(here, platform.node(), gpu, index)
+    mine = WorkerLocation(here, get_node_name(here), gpu, index)
     started: list[WorkerLocation] = [mine] * dist.get_world_size()
     dist.all_gather_object(started, mine)
     found = group_ranks(started, placement.size)
@@ -160,7 +160,7 @@ def _choose_device(placement: Placement) -> torch.device:
         fault = find_gpu_fault(gather_gpu_state())
         why = describe_fault(fault or GpuFault("no driver", "install one there"))
         raise SetupError(
-            f"node {platform.node()} offers GPUs to Ray, but its torch {torch.__version__} sees "
+            f"node {get_node_name()} offers GPUs to Ray, but its torch {torch.__version__} sees "
             f"none: {why}"
         )
     from ray.train.torch import get_device

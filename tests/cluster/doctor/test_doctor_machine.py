@@ -291,23 +291,16 @@ def test_a_network_that_the_classes_do_not_fit_is_told():
     assert job.judge_network(Config(), 1).status == "FAIL"
 
 
-ROUTES = """Iface Destination Gateway Flags
-docker0 0000A8C0 00000000 0001
-ens5 00000000 0100000A 0003
-"""
+ADDRESSES = {"lo": ["127.0.0.1"], "docker0": ["172.17.0.1"], "ens5": ["10.1.0.7"]}
 
 
-def test_a_host_name_that_nobody_else_can_use_is_told(monkeypatch, tmp_path):
-    (tmp_path / "route").write_text(ROUTES)
-    names = ["lo", "docker0", "ens5"]
-    best = network.find_default_interface(names, tmp_path / "route")
-    assert best == "ens5"
-    assert network.find_default_interface(names, tmp_path / "none") == "ens5"
-    monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
-    found = network.judge_host_name("here", True, {}, names, best)
-    assert found.status == "warn"
-    assert lacks(found, ["127.0.1.1", "GLOO_SOCKET_IFNAME=ens5 NCCL_SOCKET_IFNAME=ens5"]) == []
-    assert network.judge_host_name("here", False, {}, names, best).status == "ok"
+def test_the_interface_of_the_workers_is_told(monkeypatch):
+    found = network.judge_interface("10.1.0.7", {}, ADDRESSES)
+    assert (found.status, found.value.split(",")[0]) == ("ok", "ens5")
+    assert network.judge_interface("", {}, ADDRESSES).value.startswith("lo: ")
+    behind = network.judge_interface("203.0.113.9", {}, ADDRESSES)
+    assert behind.status == "warn"
+    assert lacks(behind, ["203.0.113.9", "GLOO_SOCKET_IFNAME=NAME", "docker0, ens5"]) == []
     for variables, status in (
         ({"GLOO_SOCKET_IFNAME": "ens5"}, "ok"),
         ({"GLOO_SOCKET_IFNAME": "eth0"}, "FAIL"),
@@ -316,9 +309,24 @@ def test_a_host_name_that_nobody_else_can_use_is_told(monkeypatch, tmp_path):
         ({"GLOO_SOCKET_IFNAME": "ens5", "NCCL_SOCKET_IFNAME": "=en"}, "FAIL"),
         ({"GLOO_SOCKET_IFNAME": "ens5", "NCCL_SOCKET_IFNAME": "^docker"}, "ok"),
     ):
-        assert network.judge_host_name("here", True, variables, names, best).status == status, (
-            variables
-        )
+        found = network.judge_interface("10.1.0.7", variables, ADDRESSES)
+        assert found.status == status, variables
+
+
+def test_this_machine_is_known_by_the_address_from_which_it_reaches_the_head():
+    assert network.find_own_address("10.1.0.7:6379", ADDRESSES) == "10.1.0.7"  # it is the head
+    assert network.find_own_address("127.0.0.2:6379", ADDRESSES).startswith("127.0.0.")
+    assert network.find_own_address("no-such-host.invalid:6379", ADDRESSES) == ""
+
+
+def test_a_host_name_that_nobody_else_can_use_is_told(monkeypatch):
+    monkeypatch.setattr("socket.gethostbyname", lambda name: "127.0.1.1")
+    found = network.judge_host_name("here", True)
+    assert found.status == "warn"
+    assert lacks(found, ["here is 127.0.1.1", "/etc/hosts", "workers do without"]) == []
+    assert network.judge_host_name("here", False).status == "ok"
+    monkeypatch.setattr("socket.gethostbyname", lambda name: "10.1.0.7")
+    assert network.judge_host_name("here", True).status == "ok"
 
 
 def test_two_processes_that_do_not_meet_are_told():

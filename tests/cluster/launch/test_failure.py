@@ -74,6 +74,21 @@ def test_a_failure_of_ray_itself_is_one_line(tmp_path: Path):
     assert "said aside" in log
 
 
+TASK = (
+    "Training failed due to controller error:\n"
+    "\x1b[36mray::execute._setup_torch_process_group()\x1b[39m (pid=119, ip=10.77.0.2, repr=<x>)\n"
+    '  File "a.py", line 1, in work\n    ^^^^\n'
+    "RuntimeError: it has not met the others. More of it\n"
+)
+
+
+def test_the_error_of_a_task_of_ray_is_told_without_its_place_in_ray(tmp_path: Path):
+    failure = Failure(raised=RuntimeError(TASK))
+    assert failure.why == "RuntimeError: it has not met the others. More of it"
+    failure.build_error(tmp_path)
+    assert "\x1b" not in (tmp_path / "error.log").read_text()
+
+
 # As torch 2.11 to 2.13 write them (ProcessGroupNCCL.cpp, NCCLUtils.cpp).
 WATCHDOG = (
     "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=78, OpType=ALLREDUCE, "

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,3 +167,49 @@ def test_a_ray_that_does_not_take_us_is_not_told_as_none(says, mend, monkeypatch
     assert f"RAY_ADDRESS=127.0.0.1:6379 does not take us ({says})" in str(caught.value)
     assert mend in str(caught.value)
     assert "start one" not in str(caught.value)
+
+
+def test_a_head_that_does_not_answer_is_told_and_given_up(monkeypatch, capsys):
+    for name, value in (("HEAD", 0.3), ("CONNECT", 0.1), ("SAY", 0.0)):
+        monkeypatch.setattr(session, f"{name}_SECONDS", value)
+    monkeypatch.setattr(session, "ASK_EVERY", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as frozen:  # takes connections, and is silent
+        address = f"127.0.0.1:{frozen.getsockname()[1]}"
+        with pytest.raises(SetupError, match=rf"{address} takes connections, but no Ray has ans"):
+            session.ask_head(address)
+    assert f"no answer of the Ray at {address} for 0 s" in capsys.readouterr().err
+
+
+def test_a_head_that_refuses_a_token_is_told_at_once():
+    import grpc
+
+    class Refusing(grpc.GenericRpcHandler):
+        def service(self, details):
+            return grpc.unary_unary_rpc_method_handler(
+                lambda _, context: context.abort(
+                    grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken"
+                )
+            )
+
+    server = grpc.server(ThreadPoolExecutor(1), [Refusing()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with pytest.raises(SetupError, match=rf"the Ray at 127\.0\.0\.1:{port} .*token"):
+            session.ask_head(f"127.0.0.1:{port}")
+    finally:
+        server.stop(None)
+
+
+def test_a_refused_token_is_told_with_the_way_to_the_right_one(tmp_path):
+    there, missing = str(tmp_path / "token"), str(tmp_path / "none")
+    Path(there).touch()
+    for environment, words in (
+        ({"RAY_AUTH_TOKEN_PATH": there}, "none is sent; export RAY_AUTH_MODE=token, and copy"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "x"}, "refuses the token of RAY_AUTH_TOKEN"),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": missing}, f"there is no {missing}; "),
+        ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": there}, f"refuses the token of {there}"),
+    ):
+        told = session.describe_refusal(environment)
+        assert words in told
+        assert "copy the head's ~/.ray/auth_token to" in told

@@ -17,6 +17,7 @@ from cluster.launch.placement import (
     find_gpu_index,
     group_ranks,
     list_workers,
+    name_nodes,
     place_run,
     place_workers,
     read_gpu,
@@ -249,3 +250,13 @@ def test_an_impossible_number_of_replicas_is_refused_before_ray_starts(monkeypat
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 4 * 10**6}.get)
     with pytest.raises(NoRoom, match=r"128 workers need 89.6 GB .* has 16.4 GB; use --replicas 11"):
         check_this_machine(Config.from_settings({"replicas": 64}), 0)
+
+
+def test_hosts_of_one_name_are_told_apart_by_their_addresses():
+    def node(identity: str, name: str, address: str) -> dict[str, str]:
+        return {"NodeID": identity, "NodeManagerHostname": name, "NodeManagerAddress": address}
+
+    # Host a was started again: Ray still lists what it was before.
+    nodes = [node("1", "vm", "10.0.0.1"), node("2", "vm", "10.0.0.2"),
+             node("3", "a", "10.0.0.3"), node("4", "a", "10.0.0.3")]  # fmt: skip
+    assert name_nodes(nodes) == {"1": "vm (10.0.0.1)", "2": "vm (10.0.0.2)", "3": "a", "4": "a"}
