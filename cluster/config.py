@@ -167,6 +167,10 @@ class Config:
     microbatch: int = 0
     """Most images that a replica computes on at once, the gradients added up; 0: its share of the
     batch when there are the most replicas."""
+    exact: bool = False
+    """Give losses and weights the same bits for any number of replicas (a power of two) and any
+    columns_per_worker: sums take the order of a fixed tree over micro-batches of `microbatch`
+    images (0: an eighth of the batch), and a CPU computes a column in one thread."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: GPUs if the cluster has any."""
     cuda_graph: Literal["auto", "off"] = "auto"
@@ -241,7 +245,24 @@ class Config:
             object.__setattr__(self, "replicas", int(self.replicas))
         least, most = self.replica_range
         self._require("replicas", 0 < least <= most, REPLICAS_HINT)
+        if self.exact:
+            self._check_exact()
         self._require("batch_size", bool(self.replica_sizes), self._format_batch_hint())
+
+    def _check_exact(self) -> None:
+        """Refuse settings that leave no tree of equal micro-batches for the replicas."""
+        if self.design.norm == "batch":
+            raise ValueError(
+                "norm is 'batch' and exact is true; statistics over micro-batches are not summed "
+                "in a tree: use another norm, or exact = false"
+            )
+        counts = [2**power for power in range(self.batch_size.bit_length())]
+        fits = [self.batch_size // n for n in counts if self.batch_size % n == 0]
+        leaf, hint = self.microbatch or fits[0], ", ".join(map(str, fits))
+        self._require("microbatch", leaf in fits, f"must be, with exact, one of {hint}")
+        sizes = ", ".join(map(str, self._list_replica_sizes(1, self.batch_size)))
+        text = f"must be, with exact and {self.leaves} micro-batches, one of {sizes}"
+        self._require("replicas", bool(self.replica_sizes or not sizes), text)
 
     def _check_sizes(self) -> None:
         """Refuse numbers with which a run would fail or be busy for ever."""
@@ -340,10 +361,22 @@ class Config:
     @property
     def replica_sizes(self) -> tuple[int, ...]:
         """Numbers of replicas that divide the batch evenly, ascending."""
-        least, most = self.replica_range
+        return self._list_replica_sizes(*self.replica_range)
+
+    def _list_replica_sizes(self, least: int, most: int) -> tuple[int, ...]:
         columns = self.design.columns
         counts = range(least, min(most, self.batch_size // columns) + 1)
-        return tuple(count for count in counts if self.batch_size % (count * columns) == 0)
+        # An exact replica holds a whole subtree: a power of two of the micro-batches.
+        unit = self.leaves if self.exact else self.batch_size
+        return tuple(
+            count for count in counts
+            if self.batch_size % (count * columns) == 0 and unit % count == 0
+        )  # fmt: skip
+
+    @property
+    def leaves(self) -> int:
+        """Micro-batches of a batch in exact mode: a power of two."""
+        return self.batch_size // self.microbatch_size(1)
 
     @property
     def has_constant_rates(self) -> bool:
@@ -353,9 +386,11 @@ class Config:
     def microbatch_size(self, replicas: int) -> int:
         """Return the largest number of images that a replica computes on at once.
 
-        Batch normalisation takes its statistics over them: then it is the same number for any
-        number of replicas.
+        Batch normalisation takes its statistics over them, and exact sums are over them: then it is
+        the same number for any number of replicas.
         """
+        if self.exact:
+            return self.microbatch or self.batch_size // math.gcd(self.batch_size, 8)
         least = self.batch_size // self.replica_sizes[-1]
         share = least if self.design.norm == "batch" else self.batch_size // replicas
         return min(share, self.microbatch or least)

@@ -95,6 +95,52 @@ class ProcessMesh:
             values /= self.replicas
         return values
 
+    def gather_replicas(self, values: Tensor) -> Tensor:
+        """Return the values [n] of all replicas, [replicas, n], in their order, on each of them."""
+        table = values.new_zeros(self.replicas, *values.shape)
+        table[self.replica] = values
+        if self.peers:
+            dist.all_reduce(table, group=self.peers)  # zeros are added: exact in any order
+        return table
+
+    def sum_in_pairs(self, values: Tensor) -> Tensor:
+        """Sum over the replicas, a power of two, in place: neighbors first, then sums of two, ...
+
+        So the sum of 4 has the bits of (a + b) + (c + d), and is one that a single process can
+        form, too. At each distance a replica sends half of what it still has to sum, and sums the
+        other half; then the sums go the same way back. That is the traffic of a ring (Rabenseifner,
+        "Optimization of collective reduction operations", 2004).
+
+        Args:
+            values: contiguous [n]; replicas call this together, in the same order.
+        """
+        start, end, distance = 0, len(values), 1
+        halves: list[tuple[int, slice, slice]] = []
+        while distance < self.replicas:
+            middle = (start + end) // 2
+            own, other = slice(start, middle), slice(middle, end)
+            if self.replica & distance:
+                own, other = other, own
+            received = torch.empty_like(values[own])
+            self._swap(self.replica ^ distance, values[other], received)
+            values[own] += received
+            halves.append((self.replica ^ distance, own, other))
+            start, end, distance = own.start, own.stop, 2 * distance
+        for replica, own, other in reversed(halves):
+            self._swap(replica, values[own], values[other])
+        return values
+
+    def _swap(self, replica: int, sent: Tensor, received: Tensor) -> None:
+        """Exchange contiguous tensors with the same columns of another replica."""
+        peer = self.order[replica * self.size + (self.columns[0] if self.pair else 0)]
+        operations = [
+            dist.P2POp(kind, tensor, peer, self.peers)
+            for kind, tensor in ((dist.isend, sent), (dist.irecv, received))
+            if len(tensor)
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
+
     @property
     def peer_name(self) -> str:
         """Name of the only other process of the job; "another worker" if there are several."""

@@ -48,6 +48,7 @@ class AlexNet(nn.Module):
         seed: seed of the initial weights and of the dropout masks. Both depend on the column, not
             on the process: they are equal in either form.
         design: another network than the paper's. One with a single column has `columns=(0,)`.
+        initializes: whether parameters get their initial values; they are arbitrary otherwise.
 
     Raises:
         ValueError: an argument out of range, or an exchange that does not fit the columns.
@@ -61,6 +62,8 @@ class AlexNet(nn.Module):
         exchange: Exchange | None = None,
         seed: int = 0,
         design: Design | None = None,
+        *,
+        initializes: bool = True,
     ) -> None:
         super().__init__()
         if design is not None and width is not None:
@@ -78,7 +81,8 @@ class AlexNet(nn.Module):
         self._following = {s.layer.name: group_operations(s.layer.then) for s in self.stages}
         for stage in self.stages:
             self.add_module(stage.layer.name, self._make_module(stage))
-        self._initialize()
+        if initializes:
+            self._initialize()
 
     def _check_columns(self) -> None:
         if self.design.columns == 1:
@@ -135,6 +139,28 @@ class AlexNet(nn.Module):
                 generator = torch.Generator().manual_seed(seed)
                 own.copy_(torch.empty(own.shape).normal_(0.0, deviation, generator=generator))
             self.get_parameter(f"{name}.bias").fill_(stage.layer.bias)
+
+    def view_column(self, exchange: Exchange) -> AlexNet:
+        """One of the two columns here as a network of its own, in the same memory.
+
+        An update of either's parameters is one of both; a gradient is the column's alone. The
+        position is shared, too; the mode is not.
+
+        Args:
+            exchange: the link to the other column; its `index` is the column.
+        """
+        index = exchange.index
+        column = AlexNet(
+            (self.columns[index],), self.classes, exchange=exchange, seed=self.seed,
+            design=self.design, initializes=False,
+        ).to(self._position.device)  # fmt: skip
+        with torch.no_grad():
+            for name, whole in self.named_parameters():
+                layer, _, kind = name.rpartition(".")
+                own = nn.Parameter(whole.chunk(len(self.columns))[index], whole.requires_grad)
+                setattr(column.get_submodule(layer), kind, own)
+        column._position, column._has_position = self._position, True
+        return column
 
     def set_position(self, position: int) -> None:
         """Set which samples the next forward passes compute; required before training.

@@ -101,10 +101,15 @@ def count_errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> tupl
 
     def count_wrong(places: int) -> Tensor:
         right = ((places - above).double() / level.clamp(min=1)).clamp(0.0, 1.0)
-        right = (right * _SHARE).round() / _SHARE
+        right = round_shares(right)
         return ((1.0 - right.masked_fill(has_nan, 0.0)) * weights).sum()
 
     return count_wrong(1), count_wrong(min(5, probabilities.shape[1]))
+
+
+def round_shares(values: Tensor) -> Tensor:
+    """Round to 2**-30, as float64: sums of them, below 2**23, are exact in any order."""
+    return (values.double() * _SHARE).round() / _SHARE
 
 
 def count_top1_errors(probabilities: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

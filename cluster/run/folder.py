@@ -167,8 +167,8 @@ def find_conflicts(old: Config, new: Config, samples: int) -> list[str]:
     """List what keeps `new` from resuming a run of `old`, as `name: old -> new`.
 
     Settings in `CHANGEABLE` may differ, except `validate_every` where `plateau` counts validations,
-    and those that decide how many images batch normalisation sees at once. The length may differ if
-    no learning rate depends on it.
+    and those that decide how many images batch normalisation sees, or an exact sum takes, at once.
+    The length may differ if no learning rate depends on it.
     """
     before, after = old.to_settings(), new.to_settings()
     free = {*CHANGEABLE, *LENGTH} - ({"validate_every"} if old.schedule == "plateau" else set())
@@ -181,6 +181,8 @@ def find_conflicts(old: Config, new: Config, samples: int) -> list[str]:
     if old.design.norm == new.design.norm == "batch" and sizes[0] != sizes[1]:
         together = f"images that are normalised together: {sizes[0]} -> {sizes[1]}"
         found.append(f"{together} (--microbatch, --replicas)")
+    if old.exact and new.exact and sizes[0] != sizes[1]:
+        found.append(f"images summed together: {sizes[0]} -> {sizes[1]} (--microbatch, exact)")
     lengths = old.total_steps(samples), new.total_steps(samples)
     constant = old.has_constant_rates and new.has_constant_rates
     if lengths[0] != lengths[1] and not constant:

@@ -19,13 +19,14 @@ from cluster.run.folder import LEDGER, QUARANTINE, UNKNOWN, Mark, RunIdentity
 from cluster.run.metrics import MetricsLog
 from cluster.run.sync import open_mirror
 from cluster.run.trackers import open_trackers
-from cluster.training.gradients import GradientAverage
+from cluster.training.gradients import GradientAverage, GradientTree
 from cluster.training.learning_rate import RateControl, RateSettings
 from cluster.training.pair_batches import PairBatches
 from cluster.training.passes import CudaGraph
 from cluster.training.precision import compute_dtype
 from cluster.training.step import TrainStep
 from model.alexnet import AlexNet
+from model.column_threads import ColumnThreads
 from model.exchange import Exchange
 from model.optimizer import Sgd2012
 from pipeline.batches import Stream
@@ -82,7 +83,10 @@ def prepare_training(
         about["run"] = identity.run
     total = config.total_steps(samples)
     net = create_columns(config, len(about["classes"]), mesh)
-    optimizer = Sgd2012(net.named_parameters(), config.momentum, config.weight_decay)
+    paired = config.exact and len(net.columns) == 2
+    optimizer = Sgd2012(
+        net.named_parameters(), config.momentum, config.weight_decay, columns=1 + paired
+    )
     checkpoints = CheckpointManager(
         run, mesh, about, tell,
         keep=config.keep, keep_best=config.keep_best, store=config.store,
@@ -97,10 +101,18 @@ def prepare_training(
             open_stream(config, data, run, mesh, data_sha256, position=mark.position)
         )
         feed = parts.enter_context(PairBatches(stream, mesh, batches=total - mark.step))
-        average = parts.enter_context(GradientAverage(net, mesh))
+        columns = None
+        if paired:
+            columns = parts.enter_context(closing(ColumnThreads(net, find_wire(config))))
+        average = parts.enter_context(
+            GradientTree(net, mesh, columns=columns.columns if columns else ())
+            if config.exact
+            else GradientAverage(net, mesh)
+        )
         train_step = TrainStep(
             net, optimizer, compute_dtype(config.dtype, mesh.device),
-            microbatch=config.microbatch_size(mesh.replicas), average=average, mean=mesh.mean,
+            microbatch=config.microbatch_size(mesh.replicas), mesh=mesh, average=average,
+            columns=columns,
             graph=CudaGraph if can_record(config, mesh) else None,
             warn=lambda line: tell(Warned(line)),
         )  # fmt: skip
@@ -135,20 +147,25 @@ def read_origin(config: Config, data: str) -> tuple[int, dict[str, Any]]:
 
 def create_columns(config: Config, classes: int, mesh: ProcessMesh) -> AlexNet:
     """Create the columns of the network that this process holds, with their initial weights."""
-    wire = torch.bfloat16 if config.exchange_dtype == "bfloat16" else None
     return AlexNet(
         columns=mesh.columns if mesh.pair else None,
         classes=classes,
         design=config.design,
-        exchange=Exchange(mesh.pair, wire) if mesh.pair else None,
+        exchange=Exchange(mesh.pair, find_wire(config)) if mesh.pair else None,
         seed=config.seed,
     ).to(mesh.device)
+
+
+def find_wire(config: Config) -> torch.dtype | None:
+    """Return the dtype that float32 is rounded to between the columns; None: it is not."""
+    return torch.bfloat16 if config.exchange_dtype == "bfloat16" else None
 
 
 def can_record(config: Config, mesh: ProcessMesh) -> bool:
     """Return whether steps may be recorded as CUDA graphs: all of a step is on one GPU, at once."""
     whole = mesh.world_size == 1 and config.microbatch_size(1) >= config.batch_size
-    return config.cuda_graph == "auto" and mesh.device.type == "cuda" and whole
+    is_on = config.cuda_graph == "auto" and not config.exact
+    return is_on and mesh.device.type == "cuda" and whole
 
 
 def refuse_other_data(data: str, expected: str, found: str) -> None:

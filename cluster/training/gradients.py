@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock
 from typing import Any
 
 import torch
@@ -51,16 +53,24 @@ class GradientAverage:
         message_bytes: least size of a message, in bytes.
     """
 
+    is_exact = False
+    """Whether the gradients have the same bits for any number of replicas."""
+    share = 1.0
+    """Factor on the gradients of a replica's mean loss, which a backward pass must apply."""
+
     def __init__(
         self, net: nn.Module, mesh: ProcessMesh, message_bytes: int = MESSAGE_BYTES
     ) -> None:
-        self._peers, self._replicas = mesh.peers, mesh.replicas
+        self._mesh = mesh
         parameters = [p for p in reversed(list(net.parameters())) if p.requires_grad]
-        self._messages = _group_parameters(parameters, message_bytes) if self._peers else []
+        self._watch(parameters if mesh.peers else [], message_bytes)
+
+    def _watch(self, parameters: Sequence[nn.Parameter], message_bytes: int) -> None:
+        self._messages = _group_parameters(parameters, message_bytes) if self._mesh.peers else []
         self._of = {p: message for message in self._messages for p in message.parameters}
         self._next = 0
         self._held = False
-        self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in self._of]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in parameters]
 
     @contextmanager
     def hold(self, holds: bool = True) -> Iterator[None]:
@@ -72,8 +82,11 @@ class GradientAverage:
             self._held = False
 
     def _ready(self, parameter: nn.Parameter) -> None:
-        if self._held:
-            return
+        if not self._held:
+            self._send(parameter)
+
+    def _send(self, parameter: nn.Parameter) -> None:
+        """Start the messages that are complete now that a parameter has its gradient."""
         message = self._of[parameter]
         if parameter in message.ready:
             raise RuntimeError(
@@ -82,8 +95,18 @@ class GradientAverage:
         message.ready.add(parameter)
         # The same order on every replica, whatever the order in which autograd finishes.
         while self._next < len(self._messages) and self._messages[self._next].is_complete:
-            self._messages[self._next].start(self._peers)
+            self._messages[self._next].start(self._reduce)
             self._next += 1
+
+    def _reduce(self, values: Tensor) -> Callable[[], object]:
+        """Start to average [n] over the replicas, in place; the result waits for it."""
+        work: Any = dist.all_reduce(values, group=self._mesh.peers, async_op=True)
+
+        def wait() -> None:
+            work.wait()
+            values.div_(self._mesh.replicas)
+
+        return wait
 
     def finish(self) -> None:
         """Wait until every gradient of the last backward pass is the mean.
@@ -91,9 +114,9 @@ class GradientAverage:
         Parameters that took no part keep their gradient, on all replicas alike.
         """
         for message in self._messages[self._next :]:
-            message.start(self._peers)
+            message.start(self._reduce)
         for message in self._messages:
-            message.finish(self._replicas)
+            message.finish()
         self._next = 0
 
     def close(self) -> None:
@@ -108,6 +131,118 @@ class GradientAverage:
         self.close()
 
 
+class GradientTree(GradientAverage):
+    """Replaces the gradients of all micro-batches of a batch by their sums over a balanced tree.
+
+    The micro-batches are its leaves: their number is the same for any number of replicas, a power
+    of two. A replica sums its subtree in the order in which its leaves come, and the replicas sum
+    the rest by `ProcessMesh.sum_in_pairs`. So a sum has the same bits however many replicas there
+    are. The gradients of a pass are those of its part of the mean loss over the whole batch.
+
+    A replica of 8 leaves holds up to 4 gradients at a time, where plain accumulation holds 2.
+
+    Args:
+        net: network whose parameters get the sums as gradients.
+        mesh, message_bytes: as in `GradientAverage`.
+        columns: the columns of the network, if backward passes give the gradients of their
+            parameters; see `ColumnThreads`.
+    """
+
+    is_exact = True
+
+    def __init__(
+        self, net: nn.Module, mesh: ProcessMesh, message_bytes: int = MESSAGE_BYTES,
+        columns: Sequence[nn.Module] = (),
+    ) -> None:  # fmt: skip
+        self._mesh = mesh
+        self.share = 1 / mesh.replicas
+        self._whole = {
+            p: torch.empty_like(p) for p in net.parameters() if columns and p.requires_grad
+        }
+        of_columns = [list(column.parameters()) for column in columns]
+        self._leaves: dict[nn.Parameter, _Leaves] = {}
+        for index, parameter in reversed(list(enumerate(net.parameters()))):
+            if not parameter.requires_grad:
+                continue
+            if not columns:
+                self._leaves[parameter] = _Leaves()
+            places = self._whole[parameter].chunk(len(columns)) if columns else ()
+            for of_column, place in zip(of_columns, places, strict=True):
+                self._leaves[of_column[index]] = _Leaves(place)
+        self._lock = Lock()  # columns compute in threads
+        self._thread = ThreadPoolExecutor(1, "gradients")
+        self._stream = torch.cuda.Stream() if mesh.device.type == "cuda" else None
+        self._watch(list(self._leaves), message_bytes)
+
+    def _ready(self, parameter: nn.Parameter) -> None:
+        if parameter.grad is None:
+            return
+        gradient, parameter.grad = parameter.grad, None
+        total = self._leaves[parameter].add(gradient, is_last=not self._held)
+        if total is not None:
+            parameter.grad = total
+            if self._mesh.peers:
+                with self._lock:
+                    self._send(parameter)
+
+    def _reduce(self, values: Tensor) -> Callable[[], object]:
+        if self._stream is None:
+            return self._thread.submit(self._mesh.sum_in_pairs, values).result
+        stream = self._stream
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._mesh.sum_in_pairs(values)
+        values.record_stream(stream)
+        return lambda: torch.cuda.current_stream().wait_stream(stream)
+
+    def finish(self) -> None:
+        """Wait until every gradient is the sum over the tree."""
+        super().finish()
+        for parameter, gradient in self._whole.items():
+            parameter.grad = gradient
+        for parameter, leaves in self._leaves.items():
+            if leaves.place is not None:
+                parameter.grad = None
+
+    def close(self) -> None:
+        """Remove the hooks and end the thread."""
+        super().close()
+        self._thread.shutdown()
+
+
+@dataclass(eq=False)
+class _Leaves:
+    """Sums of a parameter's gradients over 1, 2, 4, ... micro-batches, the largest first."""
+
+    place: Tensor | None = None
+    """Tensor that the sum over all is written into; None: a new one."""
+    sums: list[Tensor] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, gradient: Tensor, is_last: bool) -> Tensor | None:
+        """Add a leaf; return the sum over all after the last one.
+
+        Raises:
+            RuntimeError: the number of leaves is no power of two.
+        """
+        self.count += 1
+        pairs = self.count  # a binary counter: each carry is a sum of two equal subtrees
+        while pairs % 2 == 0:
+            pairs //= 2
+            first = self.sums.pop()
+            is_whole = is_last and not self.sums and self.place is not None
+            gradient = torch.add(first, gradient, out=self.place if is_whole else first)
+        self.sums.append(gradient)
+        if not is_last:
+            return None
+        total, count = self.sums.pop(), self.count
+        rest, self.count = len(self.sums), 0
+        self.sums.clear()
+        if rest:
+            raise RuntimeError(f"{count} micro-batches have no balanced tree: no power of two")
+        return total if self.place is None or count > 1 else self.place.copy_(total)
+
+
 @dataclass(eq=False)
 class _Message:
     """Gradients that are reduced together."""
@@ -117,31 +252,30 @@ class _Message:
     """Parameters whose gradient is computed."""
     _parts: list[Tensor] = field(default_factory=list)
     _sum: Tensor | None = None
-    _work: Any = None
+    _wait: Callable[[], object] | None = None
 
     @property
     def is_complete(self) -> bool:
         return len(self.ready) == len(self.parameters)
 
-    def start(self, group: dist.ProcessGroup | None) -> None:
-        """Start the all-reduce of the gradients that are ready."""
+    def start(self, reduce: Callable[[Tensor], Callable[[], object]]) -> None:
+        """Start to reduce the gradients that are ready."""
         gradients = [p.grad for p in self.parameters if p in self.ready and p.grad is not None]
         if not gradients:
             return
         self._parts = [_flatten(gradient) for gradient in gradients]
         self._sum = self._parts[0] if len(self._parts) == 1 else torch.cat(self._parts)
-        self._work = dist.all_reduce(self._sum, group=group, async_op=True)
+        self._wait = reduce(self._sum)
 
-    def finish(self, replicas: int) -> None:
-        """Wait for the all-reduce and write the means into the gradients."""
-        if self._work is not None and self._sum is not None:
-            self._work.wait()
-            self._sum /= replicas
+    def finish(self) -> None:
+        """Wait for the reduction and write its results into the gradients."""
+        if self._wait is not None and self._sum is not None:
+            self._wait()
             if len(self._parts) > 1:
                 means = self._sum.split([part.numel() for part in self._parts])
                 torch._foreach_copy_(self._parts, list(means))
         self.ready.clear()
-        self._parts, self._sum, self._work = [], None, None
+        self._parts, self._sum, self._wait = [], None, None
 
 
 def _group_parameters(parameters: Iterable[nn.Parameter], least: int) -> list[_Message]:

@@ -19,9 +19,8 @@ from cluster.run.kernels import copy_first_kernels, is_snapshot_step
 from cluster.training.components import Training, describe_workers, open_stream, prepare_training
 from cluster.training.finite_check import check_finite
 from cluster.training.pair_batches import PairBatches
-from cluster.training.passes import compute_logits
-from cluster.training.precision import compute_dtype, prepare_device
-from model.metrics import count_errors
+from cluster.training.precision import prepare_device
+from model.metrics import count_errors, round_shares
 from model.optimizer import compute_layer_statistics
 from model.timing import HostCopy
 
@@ -50,7 +49,7 @@ def train(
         NotFinite: the loss is NaN or infinite; all processes raise it.
         DataError, SetupError: from the stream, or the last checkpoint cannot be written.
     """
-    prepare_device(mesh.device, mesh.cores)
+    prepare_device(mesh.device, 1 if config.exact else mesh.cores, is_exact=config.exact)
     with prepare_training(config, data, run, mesh, tell, publish, identity) as training:
         if mesh.is_leader:
             tell(Started(training.mark.step, training.total, describe_workers(config, mesh)))
@@ -77,7 +76,7 @@ def make_steps(t: Training, is_stopping: Callable[[], bool]) -> Mark:
             values = t.train_step(batch, first, t.rates.at(step), partial(review_loss, t, step))
 
         mark = Mark(step=step, position=batch.position)
-        t.log.step(mark, config, t.rates.at(step), mesh.mean(values), t.net.exchange)
+        t.log.step(mark, config, t.rates.at(step), values, t.net.exchange)
         if is_due(step, config.statistics_every, total):
             t.log.statistics(mark, mesh.gather(compute_layer_statistics(t.net, t.optimizer)))
         if config.statistics_every and is_snapshot_step(step, total):
@@ -115,7 +114,6 @@ def review_loss(t: Training, step: int, values: HostCopy, images: Tensor) -> Non
 def validate(t: Training) -> dict[str, float]:
     """Return mean loss and errors over all sound validation images, centre view, once each."""
     start, mesh = time.perf_counter(), t.mesh
-    dtype = compute_dtype(t.config.dtype, mesh.device)
     sums = torch.zeros(4, device=mesh.device, dtype=torch.float64)
     t.net.eval()
     stream = open_stream(
@@ -124,8 +122,8 @@ def validate(t: Training) -> dict[str, float]:
     )  # fmt: skip
     with stream, PairBatches(stream, mesh) as feed:
         for batch in feed:
-            logits = compute_logits(t.net, batch.images, dtype)
-            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            logits = t.train_step.infer(batch.images)
+            losses = round_shares(F.cross_entropy(logits, batch.labels, reduction="none"))
             top1, top5 = count_errors(logits, batch.labels, batch.weights)
             sums += torch.stack(((losses * batch.weights).sum(), top1, top5, batch.weights.sum()))
     t.net.train()

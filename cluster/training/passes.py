@@ -17,6 +17,7 @@ from model.metrics import count_top1_errors
 
 if TYPE_CHECKING:
     from model.alexnet import AlexNet
+    from model.column_threads import ColumnThreads
     from model.optimizer import Sgd2012
 
 
@@ -55,6 +56,10 @@ class Passes:
         """Drop the gradients of the step before."""
         self.optimizer.zero_grad()
 
+    def infer(self, images: Tensor) -> Tensor:
+        """Compute the logits, float32 [b, classes], of floating images [b, 3, h, w]."""
+        return compute_logits(self._call, images, self.dtype)
+
     def forward(self, images: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
         """Compute the loss of a micro-batch.
 
@@ -66,7 +71,7 @@ class Passes:
         Returns:
             float64 [2]: mean loss and top-1 error.
         """
-        logits = compute_logits(self._call, images, self.dtype)
+        logits = self.infer(images)
         self._loss = F.cross_entropy(logits, labels)
         wrong = count_top1_errors(logits.detach(), labels, weights)
         return torch.stack((self._loss.detach(), wrong / len(labels)))
@@ -81,6 +86,34 @@ class Passes:
     def take_statistics(self) -> Tensor | None:
         """Return the statistics of batch normalization since the last call; see `AlexNet`."""
         return self.net.take_statistics()
+
+
+class ColumnPasses(Passes):
+    """Forward and backward pass of both columns in this process, as a pair computes them.
+
+    Args:
+        columns: the columns, a thread each.
+        optimizer, dtype: as in `Passes`.
+    """
+
+    def __init__(self, columns: ColumnThreads, optimizer: Sgd2012, dtype: torch.dtype) -> None:
+        super().__init__(columns.net, optimizer, dtype)
+        self._columns = columns
+        self._own = {column: Passes(column, optimizer, dtype) for column in columns.columns}
+
+    def infer(self, images: Tensor) -> Tensor:
+        """Compute the logits in both columns; return those of column a, which are the same."""
+        return self._columns.run(lambda column: self._own[column].infer(images))[0]
+
+    def forward(self, images: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        """Compute the loss in both columns; return column a's, which is the same."""
+        return self._columns.run(lambda column: self._own[column].forward(images, labels, weights))[
+            0
+        ]
+
+    def backward(self, share: float) -> None:
+        """Add the gradients to the parameters of the columns."""
+        self._columns.run(lambda column: self._own[column].backward(share))
 
 
 class Graph(Protocol):

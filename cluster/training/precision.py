@@ -51,7 +51,9 @@ def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def prepare_device(device: torch.device, cores: int, tf32: bool = False) -> None:
+def prepare_device(
+    device: torch.device, cores: int, tf32: bool = False, is_exact: bool = False
+) -> None:
     """Choose torch's settings for computing on a device; call it before the first large tensor.
 
     Args:
@@ -60,13 +62,16 @@ def prepare_device(device: torch.device, cores: int, tf32: bool = False) -> None
         tf32: whether a GPU may round factors of float32 products to 10 bits, on tensor cores. No
             training does: float32 means float32, in convolutions, too, where torch's default is to
             round; bfloat16 is the faster choice.
+        is_exact: whether a GPU must choose the same algorithms in every process; by default cuDNN
+            takes the one that was the fastest in a trial.
     """
     torch.set_num_threads(cores)
     if device.type == "cpu":
         keep_memory()
         return
     # Shapes stay the same: cuDNN tries its algorithms once for each, and keeps the fastest.
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not is_exact
+    torch.backends.cudnn.deterministic = is_exact
     torch.backends.cudnn.allow_tf32 = tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
 

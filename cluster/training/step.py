@@ -14,11 +14,12 @@ from torch import Tensor
 
 from cluster.mesh import ProcessMesh
 from cluster.training.gradients import GradientAverage
-from cluster.training.passes import Graph, GraphedPasses, Inputs, Passes
+from cluster.training.passes import ColumnPasses, Graph, GraphedPasses, Inputs, Passes
 from model.timing import HostCopy
 
 if TYPE_CHECKING:
     from model.alexnet import AlexNet
+    from model.column_threads import ColumnThreads
     from model.optimizer import Sgd2012
     from model.schedule import Rates
 
@@ -75,8 +76,10 @@ class TrainStep:
         optimizer: updates its parameters.
         dtype: data type that layers compute in.
         microbatch: most images computed at once, the gradients added up; 0: the whole batch.
-        average: averages the gradients over the replicas; None: one replica.
-        mean: averages a tensor over the replicas; may work in place.
+        mesh: replicas to average over.
+        average: averages the gradients over the replicas; None: one replica. A `GradientTree`
+            makes the step exact: the same bits for any number of replicas.
+        columns: the columns of the network, if they are to be computed as a pair computes them.
         graph: `CudaGraph` on a CUDA device, with the whole network and the whole batch in this
             process: passes are recorded in the first step, and replayed in all. None: never.
         warn: receives a line if they cannot be, and the step goes on without.
@@ -85,15 +88,19 @@ class TrainStep:
 
     def __init__(
         self, net: AlexNet, optimizer: Sgd2012, dtype: torch.dtype, *, microbatch: int = 0,
-        average: GradientAverage | None = None, mean: Callable[[Tensor], Tensor] | None = None,
+        mesh: ProcessMesh | None = None, average: GradientAverage | None = None,
+        columns: ColumnThreads | None = None,
         graph: Callable[..., Graph] | None = None, warn: Callable[[str], object] = lambda _: None,
         call: Callable[[Tensor], Any] | None = None,
     ) -> None:  # fmt: skip
         self.net, self.optimizer = net, optimizer
         self._microbatch = microbatch
+        self._mesh = mesh or ProcessMesh()
         self._average = average or GradientAverage(net, ProcessMesh())
-        self._mean = mean or (lambda values: values)
-        self._passes = Passes(net, optimizer, dtype, call)
+        self._passes = (
+            ColumnPasses(columns, optimizer, dtype) if columns
+            else Passes(net, optimizer, dtype, call)
+        )  # fmt: skip
         self._graph, self._warn = graph, warn
 
     def __call__(
@@ -109,33 +116,49 @@ class TrainStep:
                 are still those that produced the loss; may raise.
 
         Returns:
-            float32 [3] on the device: mean loss and top-1 error of the share, and the number of its
-            images that replace damaged ones.
+            float64 [3] on the device, means over the replicas: mean loss and top-1 error of the
+            batch, and the number of images of a share that replace damaged ones.
         """
         values = self._compute_gradients(batch, position, check)
         self._average.finish()
         self.optimizer.step(rates)
         if (statistics := self._passes.take_statistics()) is not None:
-            self.net.update_running_stats(self._mean(statistics))
-        return values
+            self.net.update_running_stats(self._mesh.mean(statistics))
+        # In the order of the batch, whoever computed which part.
+        return self._mesh.gather_replicas(values).flatten(0, 1).sum(0) / self._mesh.replicas
+
+    @torch.no_grad()
+    def infer(self, images: Tensor) -> Tensor:
+        """Compute the logits, float32 [b, classes], of images, as the steps compute them.
+
+        Args:
+            images: floating [b, 3, h, w], the share of a batch.
+        """
+        if not self._average.is_exact:
+            return self._passes.infer(images)
+        return torch.cat([self._passes.infer(part) for part in images.split(self._microbatch)])
 
     def _compute_gradients(self, batch: ReplicaBatch, position: int, check: Check) -> Tensor:
-        """Compute the gradient of the mean loss, one micro-batch after the other."""
+        """Compute the gradient of the mean loss, one micro-batch after the other.
+
+        Returns:
+            float64 [micro-batches, 3]; the sum over them is what `__call__` returns the mean of.
+        """
         own = len(batch.labels)
         most = self._microbatch or own
-        values = torch.zeros(2, device=batch.images.device)
+        found = []
         passes = self._choose_passes(batch, position)
         passes.zero_grad()
         for row, part in batch.split(most):
             self.net.set_position(position + row)
             share = len(part.labels) / own
-            found = passes.forward(*part.inputs)
-            on_host = HostCopy(found)  # before the backward pass: it is read while that runs
+            values = passes.forward(*part.inputs)
+            on_host = HostCopy(values)  # before the backward pass: it is read while that runs
             with self._average.hold(row + most < own):
-                passes.backward(share)
+                passes.backward(share * self._average.share)
             check(on_host, part.images)
-            values += found * share
-        return torch.cat((values, batch.replaced.sum()[None]))
+            found.append(torch.cat((values * share, part.replaced.sum()[None])))
+        return torch.stack(found)
 
     def _choose_passes(self, batch: ReplicaBatch, position: int) -> Passes:
         """Return the passes for a batch; recorded ones, if they can be."""
