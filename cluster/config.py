@@ -79,7 +79,8 @@ CHANGEABLE = (
     "mlflow", "cache", "cache_size",
 )  # fmt: skip
 """Settings that may change when a run is resumed. None changes the images, their order or the
-dropout masks; `replicas`, `columns_per_worker` and `microbatch` change the rounding of sums."""
+dropout masks; `replicas`, `columns_per_worker` and `microbatch` change the rounding of sums, unless
+the run is exact: then the former two change no bit, and the size of a micro-batch stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,8 +170,8 @@ class Config:
     batch when there are the most replicas."""
     exact: bool = False
     """Give losses and weights the same bits for any number of replicas (a power of two) and any
-    columns_per_worker: sums take the order of a fixed tree over micro-batches of `microbatch`
-    images (0: an eighth of the batch), and a CPU computes a column in one thread."""
+    columns_per_worker: sums take the order of a fixed tree over the micro-batches, and a CPU
+    computes a column in one thread."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """auto: GPUs if the cluster has any."""
     cuda_graph: Literal["auto", "off"] = "auto"
@@ -257,12 +258,12 @@ class Config:
                 "in a tree: use another norm, or exact = false"
             )
         counts = [2**power for power in range(self.batch_size.bit_length())]
-        fits = [self.batch_size // n for n in counts if self.batch_size % n == 0]
-        leaf, hint = self.microbatch or fits[0], ", ".join(map(str, fits))
-        self._require("microbatch", leaf in fits, f"must be, with exact, one of {hint}")
+        fits = [str(self.batch_size // n) for n in counts if self.batch_size % n == 0]
+        leaf = str(self.microbatch or fits[0])
+        self._require("microbatch", leaf in fits, f"must be, with exact, one of {', '.join(fits)}")
         sizes = ", ".join(map(str, self._list_replica_sizes(1, self.batch_size)))
-        text = f"must be, with exact and {self.leaves} micro-batches, one of {sizes}"
-        self._require("replicas", bool(self.replica_sizes or not sizes), text)
+        text = "must be, with exact" + (f" and microbatch {leaf}" if self.microbatch else "")
+        self._require("replicas", bool(self.replica_sizes or not sizes), f"{text}, one of {sizes}")
 
     def _check_sizes(self) -> None:
         """Refuse numbers with which a run would fail or be busy for ever."""
@@ -366,17 +367,11 @@ class Config:
     def _list_replica_sizes(self, least: int, most: int) -> tuple[int, ...]:
         columns = self.design.columns
         counts = range(least, min(most, self.batch_size // columns) + 1)
-        # An exact replica holds a whole subtree: a power of two of the micro-batches.
-        unit = self.leaves if self.exact else self.batch_size
-        return tuple(
-            count for count in counts
-            if self.batch_size % (count * columns) == 0 and unit % count == 0
-        )  # fmt: skip
-
-    @property
-    def leaves(self) -> int:
-        """Micro-batches of a batch in exact mode: a power of two."""
-        return self.batch_size // self.microbatch_size(1)
+        found = [count for count in counts if self.batch_size % (count * columns) == 0]
+        if self.exact:  # a replica computes a whole subtree: a power of two of the micro-batches
+            leaves = self.batch_size // (self.microbatch or 1)
+            found = [count for count in found if not count & count - 1 and leaves % count == 0]
+        return tuple(found)
 
     @property
     def has_constant_rates(self) -> bool:
@@ -389,10 +384,9 @@ class Config:
         Batch normalisation takes its statistics over them, and exact sums are over them: then it is
         the same number for any number of replicas.
         """
-        if self.exact:
-            return self.microbatch or self.batch_size // math.gcd(self.batch_size, 8)
         least = self.batch_size // self.replica_sizes[-1]
-        share = least if self.design.norm == "batch" else self.batch_size // replicas
+        is_fixed = self.exact or self.design.norm == "batch"
+        share = least if is_fixed else self.batch_size // replicas
         return min(share, self.microbatch or least)
 
     def total_steps(self, samples: int) -> int:

@@ -61,7 +61,7 @@ class WorkerGpu:
     steps: int = 0
     """Steps made since the start, with the one that failed."""
     is_fixed: bool = False
-    """True if the number of images may not change within a run, as batch normalization has it."""
+    """True if the number of images may not change within a run: batch norm, `exact`."""
 
 
 def describe_failure(
@@ -148,7 +148,7 @@ def _describe_full_gpu(where: str, gpu: WorkerGpu) -> tuple[str, int]:
     fewer = suggest_images(gpu.memory, gpu.images, total - others, taken)
     mend = f"--microbatch {fewer}" if fewer else "a smaller --width, or another GPU"
     if fewer and gpu.is_fixed:
-        mend += " in a new run (batch normalization takes its means over them)"
+        mend += " in a new run (batch normalization, or exact sums, take so many at once)"
     if 2 * others > total:  # it may have room again at the next start
         return f"{text}, of which others take {human_bytes(others)}; end those, or use {mend}", 1
     return f"{text}; use {mend}", SetupError.exit_code if gpu.steps <= FIRST_STEPS else 1

@@ -104,9 +104,11 @@ def estimate_memory(config: Config, classes: int | None, size: int) -> WorkerMem
     if size == 2:
         rows = [row for row in rows if row.column == "a"]  # b's are as large
     sums = sum_rows(rows)
-    return WorkerMemory(
-        FLOAT32_BYTES * PARAMETER_COPIES * sums.parameters, FLOAT32_BYTES * 2 * sums.neurons
-    )
+    copies = PARAMETER_COPIES
+    if config.exact:  # a sum of 1, 2, 4, ... micro-batches each, and a gradient to update with
+        most = config.replica_sizes[0]
+        copies += (config.batch_size // (most * config.microbatch_size(most))).bit_length()
+    return WorkerMemory(FLOAT32_BYTES * copies * sums.parameters, FLOAT32_BYTES * 2 * sums.neurons)
 
 
 def place_workers(

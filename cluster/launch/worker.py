@@ -108,7 +108,7 @@ def describe_gpu(job: WorkerJob, steps: int) -> WorkerGpu | None:
         images=config.microbatch_size(placement.replicas),
         memory=estimate_memory(config, None, placement.size),
         steps=steps,
-        is_fixed=config.design.norm == "batch",
+        is_fixed=config.exact or config.design.norm == "batch",
     )
 
 

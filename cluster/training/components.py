@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,10 +83,7 @@ def prepare_training(
         about["run"] = identity.run
     total = config.total_steps(samples)
     net = create_columns(config, len(about["classes"]), mesh)
-    paired = config.exact and len(net.columns) == 2
-    optimizer = Sgd2012(
-        net.named_parameters(), config.momentum, config.weight_decay, columns=1 + paired
-    )
+    optimizer = create_optimizer(config, net)
     checkpoints = CheckpointManager(
         run, mesh, about, tell,
         keep=config.keep, keep_best=config.keep_best, store=config.store,
@@ -96,26 +93,16 @@ def prepare_training(
         load_init(config.init, net, mesh, tell)
     recipe = RateSettings(config=config, samples=samples, total=total)
     rates = RateControl(recipe, run, mesh, tell, mark.step)
+
+    def warn(line: str) -> None:
+        tell(Warned(line))
+
     with ExitStack() as parts:
         stream = parts.enter_context(
             open_stream(config, data, run, mesh, data_sha256, position=mark.position)
         )
         feed = parts.enter_context(PairBatches(stream, mesh, batches=total - mark.step))
-        columns = None
-        if paired:
-            columns = parts.enter_context(closing(ColumnThreads(net, find_wire(config))))
-        average = parts.enter_context(
-            GradientTree(net, mesh, columns=columns.columns if columns else ())
-            if config.exact
-            else GradientAverage(net, mesh)
-        )
-        train_step = TrainStep(
-            net, optimizer, compute_dtype(config.dtype, mesh.device),
-            microbatch=config.microbatch_size(mesh.replicas), mesh=mesh, average=average,
-            columns=columns,
-            graph=CudaGraph if can_record(config, mesh) else None,
-            warn=lambda line: tell(Warned(line)),
-        )  # fmt: skip
+        train_step = parts.enter_context(create_step(config, net, optimizer, mesh, warn))
         parts.enter_context(closing(checkpoints))
         if mesh.is_leader:
             trackers = open_trackers(config, run, identity.run, mark.step, tell)
@@ -154,6 +141,35 @@ def create_columns(config: Config, classes: int, mesh: ProcessMesh) -> AlexNet:
         exchange=Exchange(mesh.pair, find_wire(config)) if mesh.pair else None,
         seed=config.seed,
     ).to(mesh.device)
+
+
+def create_optimizer(config: Config, net: AlexNet) -> Sgd2012:
+    """Create the optimizer of the columns of this process."""
+    columns = len(net.columns) if config.exact else 1
+    return Sgd2012(net.named_parameters(), config.momentum, config.weight_decay, columns)
+
+
+@contextmanager
+def create_step(
+    config: Config, net: AlexNet, optimizer: Sgd2012, mesh: ProcessMesh,
+    warn: Callable[[str], object] = lambda line: None,
+) -> Iterator[TrainStep]:  # fmt: skip
+    """Create the step of a training, and close it after the block."""
+    with ExitStack() as parts:
+        columns = None
+        if config.exact and len(net.columns) == 2:
+            columns = parts.enter_context(closing(ColumnThreads(net, find_wire(config))))
+        average = (
+            GradientTree(net, mesh, columns=columns.columns if columns else ())
+            if config.exact
+            else GradientAverage(net, mesh)
+        )
+        yield TrainStep(
+            net, optimizer, compute_dtype(config.dtype, mesh.device),
+            microbatch=config.microbatch_size(mesh.replicas), mesh=mesh,
+            average=parts.enter_context(average), columns=columns,
+            graph=CudaGraph if can_record(config, mesh) else None, warn=warn,
+        )  # fmt: skip
 
 
 def find_wire(config: Config) -> torch.dtype | None:

@@ -338,6 +338,32 @@ def test_a_batch_is_shared_out_evenly_whatever_the_number_of_replicas(
     assert Config(batch_size=batch, replicas=replicas, microbatch=1).microbatch_size(sizes[0]) == 1
 
 
+@pytest.mark.parametrize(
+    ("settings", "sizes", "micro"),
+    [
+        ({}, (1,), 128),
+        ({"replicas": "1:4"}, (1, 2, 4), 32),
+        ({"replicas": "3:7"}, (4,), 32),
+        ({"replicas": "1:8", "microbatch": 32}, (1, 2, 4), 32),
+        ({"replicas": 2, "microbatch": 128, "batch_size": 384}, None, "192, 96, 48, 24, 12, 6, 3"),
+        ({"replicas": "1:99", "batch_size": 12}, (1, 2), 6),
+        ({"replicas": 3}, None, "replicas is 3; it must be, with exact, one of 1, 2, 4, 8, 16"),
+        ({"replicas": 4, "microbatch": 64}, None, "and microbatch 64, one of 1, 2"),
+        ({"microbatch": 24}, None, "microbatch is 24; it must be, with exact, one of 128, 64, 32"),
+        ({"batch_size": 9}, None, "batch_size is 9; it must be a multiple of 2"),
+        ({"design": Design(norm="batch")}, None, "norm is 'batch' and exact is true"),
+    ],
+)
+def test_exact_replicas_and_micro_batches_make_a_balanced_tree(settings, sizes, micro):
+    if sizes is None:
+        with pytest.raises(ValueError, match=micro):
+            Config(exact=True, **settings)
+    else:
+        found = Config(exact=True, **settings)
+        assert found.replica_sizes == sizes
+        assert {found.microbatch_size(count) for count in sizes} == {micro}
+
+
 def test_values_of_earlier_versions_are_read(tmp_path):
     """The mean image was called `picture`, in files and in checkpoints."""
     old = Config(mean="image").to_settings() | {"mean": "picture"}

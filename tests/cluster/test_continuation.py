@@ -75,6 +75,15 @@ def test_what_batch_normalisation_sees_at_once_stays_however_many_replicas_there
     }
 
 
+def test_what_an_exact_sum_takes_at_once_stays_however_many_replicas_there_are():
+    old = Config(exact=True, replicas="1:4")
+    assert find_conflicts(old, replace(old, replicas=2, microbatch=32), samples=4000) == []
+    for changes in ({"replicas": 1}, {"microbatch": 16}):
+        (found,) = find_conflicts(old, replace(old, **changes), samples=4000)
+        assert found.startswith("images summed together: 32 -> ")
+    assert find_conflicts(old, replace(old, exact=False), samples=4000) == ["exact: True -> False"]
+
+
 def test_the_length_may_change_where_no_rate_depends_on_it():
     old = Config(steps=400, lr_drops=1, bias_drops=1)
     assert find_conflicts(old, replace(old, steps=600), samples=4000) == []

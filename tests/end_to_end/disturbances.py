@@ -19,21 +19,29 @@ from pathlib import Path
 from tests.helpers.ray_cluster import Simulated
 from tests.helpers.training_processes import REPOSITORY, processes
 
+LAYOUTS = (("1", "2"), ("1", "1"), ("2", "2"), ("1:2", "1"), ("1:4", "2"), ("1:4", "1"))
+"""Replicas and columns per worker."""
+
 
 class Driver:
     """The training command, started as a process or as a job, again and again."""
 
-    def __init__(self, cluster: Simulated, words: list[str], log: Path) -> None:
+    def __init__(self, cluster: Simulated, words: list[str], log: Path, seed: int) -> None:
         self._cluster, self._words, self._log = cluster, words, log
         self._process: subprocess.Popen[bytes] | None = None
         self._job: str | None = None
         self._jobs = 0
+        self._random = random.Random(seed)
         self.starts = 0
+        self.layouts: Counter[str] = Counter()
 
     def start(self, as_job: bool) -> None:
-        """Start the command as a process, or submit it as a job."""
+        """Start the command, with a layout drawn at random, as a process, or submit it as a job."""
         self.starts += 1
-        train = ["-m", "cluster.train", *self._words]
+        replicas, columns = self._random.choice(LAYOUTS)
+        self.layouts[f"{replicas} replicas, {columns} columns per worker"] += 1
+        layout = ["--replicas", replicas, "--columns-per-worker", columns]
+        train = ["-m", "cluster.train", *self._words, *layout]
         with self._log.open("ab") as log:
             if as_job:
                 self._jobs += 1

@@ -3,9 +3,10 @@
     make soak                          50 kills, about half an hour on two cores
     python -m tests.end_to_end.soak OUT [--kills 50] [--seed 0]
 
-Two replicas of two columns on three nodes of two (fake) GPUs. Workers are killed and frozen, nodes
-killed and drained, the driver killed, interrupted and terminated, the job stopped, the disk of the
-checkpoints filled and taken away. Whenever the command has ended it is given again. In the end
+Exact mode on three nodes of two (fake) GPUs. Workers are killed and frozen, nodes killed and
+drained, the driver killed, interrupted and terminated, the job stopped, the disk of the checkpoints
+filled and taken away. Whenever the command has ended it is given again, with another layout: one
+process with both columns or a pair, and 1, 2 or 4 replicas of it. In the end
 every loss must be that of the undisturbed run, every weight the same bit for bit, and the ledger
 must prove that every sample was delivered exactly once. Exit code 1 if not.
 """
@@ -18,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -41,7 +43,8 @@ SETTINGS = {
     "dtype": "float32",
     "width": 0.125,
     "batch_size": 16,
-    "replicas": 2,
+    "exact": True,
+    "microbatch": 4,
     "schedule": "manual",
     "changes": ["3 lr 0.005", "6 lr.conv1 0"],
     "checkpoint_every": 10,
@@ -92,10 +95,10 @@ def soak(options: Soak) -> dict[str, object]:
     with Simulated([2] * NODES, DUET_DASHBOARD="1", PATH=path,
                    RAY_JOB_STOP_WAIT_TIME_S="30") as cluster:  # fmt: skip
         subprocess.run(
-            [sys.executable, "-m", "cluster.train", *words(peace)],
+            [sys.executable, "-m", "cluster.train", *words(peace), "--replicas", "1"],
             cwd=REPOSITORY, env=cluster.environment, check=True, stdout=subprocess.DEVNULL,
         )  # fmt: skip
-        driver = Driver(cluster, words(war), options.out / "disturbed.log")
+        driver = Driver(cluster, words(war), options.out / "disturbed.log", options.seed)
         run = Disturbed(options.seed, cluster, driver, war)
         start = time.monotonic()
         disturb(options.kills, steps, run)
@@ -108,12 +111,20 @@ def soak(options: Soak) -> dict[str, object]:
     return {
         "kills": dict(run.done),
         "commands": driver.starts,
+        "layouts": dict(driver.layouts),
+        "replicas": count_replicas(war),
         "starts": sum(row["event"] == "start" for row in rows),
         "steps": steps,
         "seconds": round(seconds),
         "seed": options.seed,
         "ledger": proof.summary(),
     }
+
+
+def count_replicas(run: Path) -> dict[str, int]:
+    """Count the steps by the replicas that made them."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return dict(Counter(str(row["replicas"]) for row in rows))
 
 
 def disturb(kills: int, steps: int, run: Disturbed) -> None:

@@ -126,9 +126,9 @@ def record_order(mesh: ProcessMesh) -> list[str]:
         parameter.register_post_accumulate_grad_hook(lambda p: events.append(f"{names[p]} there"))
 
     class Watched(gradients._Message):
-        def start(self, group: dist.ProcessGroup | None) -> None:
+        def start(self, reduce: Any) -> None:
             events.extend(f"{names[p]} off" for p in self.parameters)
-            super().start(group)
+            super().start(reduce)
 
     with GradientAverage(net, mesh, message_bytes=1) as average:
         for message in average._messages:
@@ -156,6 +156,25 @@ def train_frozen(mesh: ProcessMesh) -> dict[str, Any]:
             average.finish()
             found[str(step)] = split_gradients(net)
     return found
+
+
+LONE_SEATS = ((2,), (0,), (3,), (1,))
+"""Four replicas, in another order than that of the ranks."""
+LENGTHS = (0, 1, 3, 1000)
+
+
+def make_terms(length: int) -> Tensor:
+    """Terms [4, length] of a sum, by replica, whose order shows in its bits."""
+    generator = torch.Generator().manual_seed(length)
+    return torch.randn(4, length, generator=generator) * 10.0 ** torch.arange(4)[:, None]
+
+
+def sum_over_replicas() -> dict[str, Any]:
+    """Sums over four replicas, and the table of what each has."""
+    mesh = create_mesh(LONE_SEATS, torch.device("cpu"), 1)
+    own = torch.tensor([float(mesh.replica), -1.0])
+    sums = {str(n): mesh.sum_in_pairs(make_terms(n)[mesh.replica].clone()) for n in LENGTHS}
+    return {**sums, "table": mesh.gather_replicas(own)}
 
 
 def run_backward_twice(mesh: ProcessMesh) -> str:
@@ -189,6 +208,7 @@ def run_rank(rank: int, folder: str) -> None:
         "frozen": train_frozen(mesh),
         "order": record_order(mesh),
         "twice": run_backward_twice(mesh),
+        "sums": sum_over_replicas(),
     }
     torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
@@ -283,6 +303,15 @@ def test_what_takes_no_gradient_is_left_out(mesh: Any, one: Any) -> None:
 
 def test_a_second_backward_pass_is_refused(mesh: Any) -> None:
     assert {found["twice"] for found in mesh} == {"nothing"}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_sum_in_pairs_has_the_bits_of_the_tree_on_every_replica(mesh: Any, length: int) -> None:
+    a, b, c, d = make_terms(length)
+    assert length < 1000 or not torch.equal((a + b) + (c + d), ((a + b) + c) + d)
+    for found in mesh:
+        assert torch.equal(found["sums"][str(length)], (a + b) + (c + d))
+        assert found["sums"]["table"].tolist() == [[replica, -1] for replica in range(4)]
 
 
 def test_one_replica_has_nothing_to_average() -> None:
