@@ -94,19 +94,18 @@ class ColumnThreads:
         """Do `work` on both columns at once, column b's in the thread; return both results.
 
         Raises:
-            Exception: the first that the work of a column raises.
+            Exception: that of the column that failed first.
         """
         other = self._threads.submit(self._work, work, 1, torch.is_grad_enabled())
-        error = None
         try:
             own = self._work(work, 0, torch.is_grad_enabled())
-        except Exception as failure:
-            error = failure
-        found = other.exception()
-        for link in self._links:
-            link.clear()
-        if error is not None and not (isinstance(error, ColumnFailed) and found is not None):
-            raise error
+        except ColumnFailed:
+            other.result()  # raises what that column failed of
+            raise
+        finally:
+            other.exception()
+            for link in self._links:
+                link.clear()
         return own, other.result()
 
     def _work(self, work: Callable[[AlexNet], T], index: int, has_grad: bool) -> T:

@@ -236,7 +236,7 @@ def test_the_public_settings_are_these():
         "changes", "patience", "plateau_drops", "plateau_factor", "plateau_biases",
         "plateau_threshold", "layer_rates", "momentum", "weight_decay", "shuffle", "window",
         "augment", "colour", "colour_divide", "mean", "dtype", "exchange_dtype", "replicas",
-        "columns_per_worker", "microbatch", "device", "cuda_graph", "threads", "prefetch",
+        "columns_per_worker", "microbatch", "exact", "device", "cuda_graph", "threads", "prefetch",
         "hw_decoder_load", "checkpoint_every", "keep",
         "keep_best", "store", "validate_every", "statistics_every", "max_failures", "node_wait",
         "collective_timeout", "strict", "ledger", "tensorboard", "wandb", "mlflow", "cache",

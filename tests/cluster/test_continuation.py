@@ -20,7 +20,7 @@ OTHER = {
     "schedule": "manual", "rate_scaling": "sqrt", "changes": ("1 colour 0",), "patience": 9,
     "plateau_biases": False, "plateau_drops": 1, "plateau_factor": 2.0, "plateau_threshold": 0.1,
     "layer_rates": ("conv1=0",), "colour_divide": True, "mean": "image",
-    "exchange_dtype": "bfloat16", "hw_decoder_load": 0.5, "image_size": 32,
+    "exchange_dtype": "bfloat16", "hw_decoder_load": 0.5, "image_size": 32, "exact": True,
 }  # fmt: skip
 
 

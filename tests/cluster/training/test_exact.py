@@ -33,11 +33,23 @@ TIMES = ("compute", "data_wait", "exchange", "exchange_bytes", "img_s", "memory"
 
 @pytest.fixture(scope="module")
 def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same training in one process, in two pairs, and first in one and then in the other."""
+    """The same training in one process, in two pairs, and first in one and then in the other.
+
+    `borders` was stopped at the end of the first epoch, at that of the second, and there once more.
+    """
     root = tmp_path_factory.mktemp("exact")
     alone(EXACT, tiny_data, root / "whole")
     cut_at(3, root / "whole", root / "grown")
-    calls = [Call(EXACT, tiny_data, root / "two pairs"), Call(EXACT, tiny_data, root / "grown")]
+    samples = Manifest.load(tiny_data).split("train", tiny_data).samples
+    epochs = replace(EXACT, batch_size=samples // 4, microbatch=0, checkpoint_every=4,
+                     validate_every=0, lr_drops=1, bias_drops=1, replicas="1:2")  # fmt: skip
+    for end in (4, 8, 8):
+        alone(replace(epochs, steps=end), tiny_data, root / "borders")
+    calls = [
+        Call(EXACT, tiny_data, root / "two pairs"),
+        Call(EXACT, tiny_data, root / "grown"),
+        Call(replace(epochs, steps=12), tiny_data, root / "borders"),
+    ]
     together(root / "job", calls, world=4)
     return root
 
@@ -89,20 +101,14 @@ def test_another_tree_is_seen_in_the_last_bits(runs: Path, tiny_data: Path, tmp_
         assert_same_bits(runs / "whole", tmp_path / "other")
 
 
-def test_a_run_that_was_stopped_at_borders_of_epochs_delivers_each_sample_once(
-    tiny_data: Path, tmp_path: Path
+def test_a_run_stopped_at_borders_of_epochs_delivers_each_sample_once(
+    runs: Path, tiny_data: Path
 ) -> None:
-    """To the border of the first epoch; again to that of the second; the third in two pairs."""
-    samples = Manifest.load(tiny_data).split("train", tiny_data).samples
-    config = replace(EXACT, batch_size=samples // 4, microbatch=0, checkpoint_every=4,
-                     validate_every=0, lr_drops=1, bias_drops=1, replicas="1:2")  # fmt: skip
-    run = tmp_path / "run"
-    for end in (4, 8, 8):  # the last time, nothing is left to do
-        alone(replace(config, steps=end), tiny_data, run)
-    together(tmp_path / "job", [Call(replace(config, steps=12), tiny_data, run)], world=4)
-    proof = prove(tiny_data, [run])
+    """In the third epoch, with another number of workers, too."""
+    proof = prove(tiny_data, [runs / "borders"])
     assert proof.findings == ()
-    assert proof.summary() == ""
+    assert proof.summary().startswith("epochs 0-2 exactly once (3 x 48 samples)")
+    assert "on 1 and 4 ranks" in proof.summary()
 
 
 def watch_gradients(count: int) -> tuple[list[Tensor], Tensor]:
