@@ -97,10 +97,11 @@ class ProcessMesh:
 
     def gather_replicas(self, values: Tensor) -> Tensor:
         """Return the values [n] of all replicas, [replicas, n], in their order, on each of them."""
+        if not self.peers:
+            return values[None]
         table = values.new_zeros(self.replicas, *values.shape)
         table[self.replica] = values
-        if self.peers:
-            dist.all_reduce(table, group=self.peers)  # zeros are added: exact in any order
+        dist.all_reduce(table, group=self.peers)  # zeros are added: exact in any order
         return table
 
     def sum_in_pairs(self, values: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ class Exchange:
                 f"and this process is rank {index} in it"
             )
         whole = cast(dist.ProcessGroup, dist.group.WORLD if group is None else group)
-        self._group, self._peer = group, dist.get_global_rank(whole, 1 - index)
+        self.group, self._peer = group, dist.get_global_rank(whole, 1 - index)
         self._prepare(index, wire)
 
     def _prepare(self, index: int, wire: torch.dtype | None) -> None:
@@ -231,8 +231,8 @@ class Exchange:
         received = torch.empty_like(sent)
         works = dist.batch_isend_irecv(
             [
-                dist.P2POp(dist.isend, sent, self._peer, self._group),
-                dist.P2POp(dist.irecv, received, self._peer, self._group),
+                dist.P2POp(dist.isend, sent, self._peer, self.group),
+                dist.P2POp(dist.irecv, received, self._peer, self.group),
             ]
         )
 

@@ -155,7 +155,7 @@ class MetricsLog:
             config: settings of the run.
             rates: learning rates of the step.
             values: float [3] on the device: mean loss and top-1 error of the batch, and number of
-                its images that replace damaged ones (means over the replicas).
+                its images that replace damaged ones.
             exchange: exchange with the other column, if there is one.
         """
         self.flush()
@@ -210,7 +210,7 @@ class MetricsLog:
         return self._begin_row(step.mark) | {
             "loss": loss,
             "top1_error": top1_error,
-            "replaced": round(replaced * self._mesh.replicas),
+            "replaced": round(replaced),
             "lr": step.rates.weights,
             "lr_bias": step.rates.biases,
             "img_s": round(step.batch_size / seconds, 2),

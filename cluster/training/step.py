@@ -116,8 +116,8 @@ class TrainStep:
                 are still those that produced the loss; may raise.
 
         Returns:
-            float64 [3] on the device, means over the replicas: mean loss and top-1 error of the
-            batch, and the number of images of a share that replace damaged ones.
+            float64 [3] on the device: mean loss and top-1 error of the batch of all replicas, and
+            the number of its images that replace damaged ones.
         """
         values = self._compute_gradients(batch, position, check)
         self._average.finish()
@@ -125,7 +125,7 @@ class TrainStep:
         if (statistics := self._passes.take_statistics()) is not None:
             self.net.update_running_stats(self._mesh.mean(statistics))
         # In the order of the batch, whoever computed which part.
-        return self._mesh.gather_replicas(values).flatten(0, 1).sum(0) / self._mesh.replicas
+        return self._mesh.gather_replicas(values).flatten(0, 1).sum(0)
 
     @torch.no_grad()
     def infer(self, images: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ class TrainStep:
         """Compute the gradient of the mean loss, one micro-batch after the other.
 
         Returns:
-            float64 [micro-batches, 3]; the sum over them is what `__call__` returns the mean of.
+            float64 [micro-batches, 3], whose sum over all replicas is what `__call__` returns.
         """
         own = len(batch.labels)
         most = self._microbatch or own
@@ -157,7 +157,8 @@ class TrainStep:
             with self._average.hold(row + most < own):
                 passes.backward(share * self._average.share)
             check(on_host, part.images)
-            found.append(torch.cat((values * share, part.replaced.sum()[None])))
+            parts = values * (share / self._mesh.replicas), part.replaced.sum()[None]
+            found.append(torch.cat(parts))
         return torch.stack(found)
 
     def _choose_passes(self, batch: ReplicaBatch, position: int) -> Passes:
