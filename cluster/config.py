@@ -42,7 +42,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "steps", "weight_decay", "colour", "validate_every", "max_failures", "patience", "node_wait",
-    "plateau_drops", "plateau_threshold", "statistics_every", "microbatch", "keep_best",
+    "plateau_drops", "plateau_threshold", "statistics_every", "microbatch", "keep_best", "spares",
 )  # fmt: skip
 ALIASES = {
     "lr": ("learning_rate", "base_lr", "init_lr", "initial_lr", "rate"),
@@ -75,8 +75,8 @@ LARGEST_OF = {"seed": 2**63 - 1, "lr_drops": 1000, "bias_drops": 1000, "epochs":
 CHANGEABLE = (
     "replicas", "device", "cuda_graph", "columns_per_worker", "microbatch", "threads", "prefetch",
     "checkpoint_every", "keep", "keep_best", "store", "validate_every", "statistics_every",
-    "max_failures", "node_wait", "collective_timeout", "strict", "ledger", "tensorboard", "wandb",
-    "mlflow", "cache", "cache_size",
+    "max_failures", "node_wait", "spares", "collective_timeout", "strict", "ledger", "tensorboard",
+    "wandb", "mlflow", "cache", "cache_size",
 )  # fmt: skip
 """Settings that may change when a run is resumed. None changes the images, their order or the
 dropout masks; `replicas`, `columns_per_worker` and `microbatch` change the rounding of sums."""
@@ -197,6 +197,8 @@ class Config:
     """Restarts with no new checkpoint between them before the run fails."""
     node_wait: int = 600
     """Seconds to wait for a node when, during the run, there is no room for its replicas."""
+    spares: int = 1
+    """Processes on each node that wait, with all imports done, to take a dead worker's place."""
     collective_timeout: int = 300
     """Seconds that a worker may keep the others waiting before they take it for frozen."""
     strict: bool = False

@@ -284,12 +284,15 @@ def read_last_attempt(run: Path) -> int:
 
 def read_last_step(run: Path) -> int:
     """Return the step of the newest checkpoint at the last start or end; 0 before the first."""
-    return _read_last(run, "step")
+    return _read_last(run, "saved", "step")
 
 
-def _read_last(run: Path, name: str) -> int:
-    """Return a field of the last row of RUN/attempts.jsonl that has it."""
-    rows = [row.get(name) for row in read_tail(run / ATTEMPTS, LAST)]
+def _read_last(run: Path, *names: str) -> int:
+    """Return a field of the last row of RUN/attempts.jsonl that has it, by the first name there."""
+    rows = [
+        next((row[name] for name in names if name in row), None)
+        for row in read_tail(run / ATTEMPTS, LAST)
+    ]
     return next((number for number in reversed(rows) if isinstance(number, int)), 0)
 
 

@@ -110,13 +110,16 @@ class TrainStep:
 
         Returns:
             float32 [3] on the device: mean loss and top-1 error of the share, and the number of its
-            images that replace damaged ones.
+            images that replace damaged ones; `mean` of them.
         """
         values = self._compute_gradients(batch, position, check)
         self._average.finish()
-        self.optimizer.step(rates)
+        # The last collective calls come before the update: none leaves a process half updated.
+        values = self._mean(values)
         if (statistics := self._passes.take_statistics()) is not None:
-            self.net.update_running_stats(self._mean(statistics))
+            statistics = self._mean(statistics)
+        self.optimizer.step(rates)
+        self.net.update_running_stats(statistics)
         return values
 
     def _compute_gradients(self, batch: ReplicaBatch, position: int, check: Check) -> Tensor:

@@ -239,8 +239,8 @@ def test_the_public_settings_are_these():
         "columns_per_worker", "microbatch", "device", "cuda_graph", "threads", "prefetch",
         "hw_decoder_load", "checkpoint_every", "keep",
         "keep_best", "store", "validate_every", "statistics_every", "max_failures", "node_wait",
-        "collective_timeout", "strict", "ledger", "tensorboard", "wandb", "mlflow", "cache",
-        "cache_size",
+        "spares", "collective_timeout", "strict", "ledger", "tensorboard", "wandb", "mlflow",
+        "cache", "cache_size",
     ]  # fmt: skip
 
 
