@@ -6,7 +6,7 @@ A small training runs on a simulated cluster of this machine (`tests/helpers/ray
 Ray of its own for the kinds that need no second node. Every `--every` seconds something fails. For
 each failure: the seconds until the next step that had not been made before, split by stage, and
 the steps that were made twice. Goodput is the time in which steps were made for the first time
-over all time, from the first failure on.
+over all time, from the first steps on.
 
     stop    the failure, to the end of the old workers (RUN/attempts.jsonl)
     start   to the first step of the new ones: processes, imports, rendezvous, checkpoint, decoder
@@ -55,8 +55,10 @@ KINDS: dict[str, str] = {
     "drained": "node drained, another is free",
 }
 """Kinds of failure, by their word on the command line."""
-ON_NODES = {"spare": 2, "no-spare": 1, "drained": 2}
-"""Nodes of the simulated cluster, for the kinds that need one."""
+FREE = {"spare": 1, "no-spare": 0, "drained": 1}
+"""Nodes of the simulated cluster that are free, for the kinds that need one."""
+LAYOUTS = {"pair": [2], "replicas": [1, 1]}
+"""GPUs, which are simulated, of the nodes that a layout takes."""
 COMES_AFTER = 10.0
 """Seconds after which a lost node comes back."""
 PATIENCE = 180.0
@@ -76,7 +78,7 @@ class Setup:
     failures: int = 3
     """Failures of each kind."""
     layout: Literal["pair", "replicas"] = "replicas"
-    """A pair of columns, or two replicas of one worker each. A node has room for either."""
+    """A pair of columns on a node, or two replicas of one worker each, on two nodes."""
     width: float = 0.25
     """Factor on all maps and units of the network."""
     batch_size: int = 32
@@ -175,15 +177,15 @@ def start_training(setup: Setup, folder: Path, kind: str) -> Iterator[Training]:
     """Start a training that outlasts the measurement, and end it after the block."""
     training = Training(setup, folder, kind)
     with ExitStack() as held:
-        if kind in ON_NODES:
-            gpus = [2] * ON_NODES[kind]
-            training.use(held.enter_context(Simulated(gpus)))
+        if kind in FREE:
+            gpus = LAYOUTS[setup.layout]
+            training.use(held.enter_context(Simulated(gpus + gpus[:1] * FREE[kind])))
         held.callback(end_processes, training.mark)
         training.start()
         yield training
 
 
-def fail(kind: str, number: int, training: Training) -> None:
+def fail(setup: Setup, kind: str, number: int, training: Training) -> None:
     """Have something fail; a node that is taken away is replaced by another."""
     cluster = training.cluster
     if kind in ("killed", "frozen"):
@@ -200,11 +202,11 @@ def fail(kind: str, number: int, training: Training) -> None:
         node = find_node(cluster, last.get("nodes", []), number)
         if kind == "drained":
             cluster.drain(node, 60)
-            return
-        cluster.kill(node)
+        else:
+            cluster.kill(node)
         if kind == "no-spare":
             time.sleep(COMES_AFTER)
-        cluster.add(2)
+        cluster.add(LAYOUTS[setup.layout][0])
 
 
 def find_node(cluster: Simulated, nodes: list[str], number: int) -> int:
@@ -217,13 +219,12 @@ def measure(setup: Setup, folder: Path, kind: str) -> dict[str, Any]:
     """Have a kind of failure happen, again and again, and return what that cost."""
     losses: list[Loss] = []
     with start_training(setup, folder, kind) as training:
-        begun = training.wait(10)
+        training.wait(10)
         first, start = training.step(), time.time()
         for number in range(setup.failures):
-            due = start + number * setup.every
+            due = start + (number + 1) * setup.every
             time.sleep(max(0.0, due - time.time()))
-            losses.append(suffer(kind, number, training))
-        time.sleep(max(0.0, start + setup.failures * setup.every - time.time()))
+            losses.append(suffer(setup, kind, number, training))
         seconds, steps = time.time() - start, training.step() - first
     lost = statistics.mean(loss.seconds for loss in losses)
     return {
@@ -236,15 +237,14 @@ def measure(setup: Setup, folder: Path, kind: str) -> dict[str, Any]:
         "measured": round(1 - sum(loss.seconds for loss in losses) / seconds, 4),
         "expected": {str(every): round(max(0.0, 1 - lost / every), 4) for every in (30, 120, 600)},
         "steps": steps,
-        "begun": round(start - begun, 2),
     }
 
 
-def suffer(kind: str, number: int, training: Training) -> Loss:
+def suffer(setup: Setup, kind: str, number: int, training: Training) -> Loss:
     """Have one failure, and wait until it is made good."""
     known = len(training.attempts())
     start, before = time.time(), training.step()
-    fail(kind, number, training)
+    fail(setup, kind, number, training)
     made = max(before, training.step())  # a freeze lets a step or two pass
     while True:  # until the workers have started again
         rows = training.attempts()[known:]

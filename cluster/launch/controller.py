@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +33,7 @@ from cluster.launch.placement import (
     describe_holders,
     describe_layout,
     find_draining_nodes,
+    find_reachable,
     get_node_name,
     has_gpus,
     list_nodes,
@@ -171,10 +171,11 @@ class Controller:
                 self._handle(event, group)
                 if interrupts():
                     request.stop_for_user()
-                elif group.started and (why := self._find_reason(group.placement, request)):
-                    request.stop_to_restart(why)
-                elif group.started:
-                    self._workers.tend_spares(time.monotonic() - request.since)
+                elif group.started and request.is_time_to_look():
+                    if why := self._find_reason(group.placement, request):
+                        request.stop_to_restart(why)
+                    else:
+                        self._workers.tend_spares(time.monotonic() - request.since)
         except KeyboardInterrupt:
             request.why = STOPPED
             raise
@@ -207,8 +208,6 @@ class Controller:
 
     def _find_reason(self, now: Placement, request: StopRequest) -> str:
         """Return why the workers should restart elsewhere; empty if they should not."""
-        if not request.is_time_to_look():
-            return ""
         if leaving := find_draining_nodes() & set(now.nodes):
             return f"node {get_node_name(min(leaving))} is about to go"
         if time.monotonic() - request.since < GROW_AFTER:
@@ -508,17 +507,3 @@ def name_holders(error: NoRoom) -> NoRoom:
     """Return the error with the jobs that hold the room, if there are any."""
     holders = describe_holders()
     return NoRoom(f"{error}; in use are {holders}") if holders else error
-
-
-def find_reachable() -> set[str]:
-    """Return Ray's ids of the nodes that answer: Ray takes some seconds to notice a loss."""
-    import ray
-
-    found = set()
-    for node in ray.nodes():
-        with suppress(OSError):
-            if node["Alive"]:
-                address = (node["NodeManagerAddress"], node["NodeManagerPort"])
-                socket.create_connection(address, timeout=2).close()
-                found.add(node["NodeID"])
-    return found

@@ -20,8 +20,8 @@ from typing import Any
 from cluster.launch.placement import Placement, WorkerLocation
 from cluster.launch.worker import Membership, TrainWorker, WorkerJob, expose_gpus
 
-SPARES_AFTER = 5.0
-"""Seconds of training after which spares are started: until then they would slow the start."""
+SPARES_AFTER = 10.0
+"""Seconds after a start before spares are started: until then they would slow it."""
 
 
 @dataclass(eq=False)
@@ -153,9 +153,9 @@ class Workers:
         """Return Ray's id of the node of a rank."""
         return self._seats[rank].node
 
-    def tend_spares(self, trained: float) -> None:
-        """Start the spares that are missing, once the workers have trained for some seconds."""
-        if trained < SPARES_AFTER:
+    def tend_spares(self, seconds: float) -> None:
+        """Start the spares that are missing, some seconds after a start."""
+        if seconds < SPARES_AFTER:
             return
         for node in {seat.node for seat in self._seats}:
             living = [one for one in self._spares.get(node, []) if not one.has_ended()]

@@ -69,9 +69,9 @@ def test_who_lives_is_kept_and_a_spare_takes_the_place_of_the_dead(make):
     crew = make(1)
     crew.place(place("mm"))
     assert crew.take() == ["start m", "start m"]
-    crew.tend_spares(trained=1.0)
+    crew.tend_spares(1.0)
     assert crew.take() == []  # the start is not slowed
-    crew.tend_spares(trained=60.0)
+    crew.tend_spares(60.0)
     assert crew.take() == ["spare m"]
     (spare,) = crew._spares["m"]
     first = crew._seats[0].actor
