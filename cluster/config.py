@@ -7,7 +7,6 @@ or `--width 0.25` sets `config.design.width`. `from_settings` and `to_settings` 
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 import tomllib
@@ -42,7 +41,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = (
     "steps", "weight_decay", "colour", "validate_every", "max_failures", "patience", "node_wait",
-    "plateau_drops", "plateau_threshold", "statistics_every", "microbatch", "keep_best",
+    "plateau_drops", "plateau_threshold", "statistics_every", "microbatch", "keep_best", "spares",
 )  # fmt: skip
 ALIASES = {
     "lr": ("learning_rate", "base_lr", "init_lr", "initial_lr", "rate"),
@@ -75,8 +74,8 @@ LARGEST_OF = {"seed": 2**63 - 1, "lr_drops": 1000, "bias_drops": 1000, "epochs":
 CHANGEABLE = (
     "replicas", "device", "cuda_graph", "columns_per_worker", "microbatch", "threads", "prefetch",
     "checkpoint_every", "keep", "keep_best", "store", "validate_every", "statistics_every",
-    "max_failures", "node_wait", "collective_timeout", "strict", "ledger", "tensorboard", "wandb",
-    "mlflow", "cache", "cache_size",
+    "max_failures", "node_wait", "spares", "collective_timeout", "strict", "ledger", "tensorboard",
+    "wandb", "mlflow", "cache", "cache_size",
 )  # fmt: skip
 """Settings that may change when a run is resumed. None changes the images, their order or the
 dropout masks; `replicas`, `columns_per_worker` and `microbatch` change the rounding of sums, unless
@@ -202,6 +201,8 @@ class Config:
     """Restarts with no new checkpoint between them before the run fails."""
     node_wait: int = 600
     """Seconds to wait for a node when, during the run, there is no room for its replicas."""
+    spares: int = 1
+    """Processes on each node that wait, with all imports done, to take a dead worker's place."""
     collective_timeout: int = 300
     """Seconds that a worker may keep the others waiting before they take it for frozen."""
     strict: bool = False
@@ -492,38 +493,12 @@ def is_of_type(value: object, kind: Any) -> bool:
     return type(value) in (get_args(kind) or (kind,))
 
 
-def format_toml(
-    config: Config, data_sha256: str, run_id: str = "", origin: Mapping[str, str] | None = None
-) -> str:
-    """Format the effective config as the file RUN/config.toml; `read_run_config` reads it back.
-
-    Args:
-        config: every setting of the run.
-        data_sha256, run_id: identity of the data set, name of the run.
-        origin: texts by their names in `ORIGIN_KEYS`; empty ones are left out.
-    """
-    lines = ["# Written by cluster.train: every setting of this run, as it was used."]
-    lines += [f"{name} = {format_value(value)}" for name, value in config.to_settings().items()]
-    lines += ["# The data set: SHA-256 of its manifest.json.", f'{SHA256_KEY} = "{data_sha256}"']
-    if run_id:
-        lines += ["# The run, which its checkpoints name, too.", f'{RUN_KEY} = "{run_id}"']
-    if known := {key: origin[key] for key in ORIGIN_KEYS if origin and origin.get(key)}:
-        lines.append("# The last start: data set, CONFIG, command, and the source's commit.")
-        lines += [f"{key} = {format_value(value)}" for key, value in known.items()]
-    return "\n".join(lines) + "\n"
-
-
 def fit_images(config: Config, side: int | None, data: str) -> Config:
     """Return the config with a network for the images of data set `data`; see `fit_design`."""
     try:
         return replace(config, design=fit_design(config.design, side))
     except ValueError as error:
         raise UsageError(f"data set {data} holds {error}") from error
-
-
-def format_value(value: object) -> str:
-    """Format the value of a setting as TOML: JSON, but for characters beyond ASCII and DEL."""
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def read_run_config(path: Path) -> tuple[Config, str]:

@@ -2,6 +2,7 @@
 
 alexnet       the network, in one process or one column per process
 architecture  the table of layers: the paper's network, and those it was compared with
+column_threads  both columns in one process, with the bits of a pair
 exchange      activations and gradients that cross between the two columns of a pair
 gpu_kernels   Triton kernels for a GPU: normalization, pooling, dropout
 gpu_support   whether these kernels run here, and why not

@@ -266,7 +266,7 @@ class AlexNet(nn.Module):
 
         The pieces are contiguous; those that already were are views of the input.
         """
-        return {key: own.contiguous() for key, own in self._view_columns(stacked)}
+        return {key: own.contiguous() for key, own in self.view_columns(stacked)}
 
     @torch.no_grad()
     def fill(self, stacked: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -275,7 +275,7 @@ class AlexNet(nn.Module):
         Raises:
             ValueError: a key is missing or unexpected or a shape differs; it names them.
         """
-        wanted = dict(self._view_columns(stacked))
+        wanted = dict(self.view_columns(stacked))
         wrong = [f"{key} is missing" for key in wanted if key not in state]
         wrong += [f"{key} is not of this network" for key in state if key not in wanted]
         wrong += [
@@ -289,7 +289,8 @@ class AlexNet(nn.Module):
         for key, own in wanted.items():
             own.copy_(state[key])
 
-    def _view_columns(self, stacked: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def view_columns(self, stacked: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the pieces of `split` as views, in any memory format."""
         for name, tensor in stacked.items():
             parts = tensor.detach().chunk(len(self.columns))
             for column, own in zip(self.columns, parts, strict=True):

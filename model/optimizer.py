@@ -47,6 +47,8 @@ class Sgd2012:
         self.weight_decay = weight_decay
         self._parameters = dict(named_parameters)
         self.velocities = {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        self.updates = 0
+        """Number of calls of `step`."""
         self._moved: list[str] = []
 
     def zero_grad(self) -> None:
@@ -57,6 +59,7 @@ class Sgd2012:
     @torch.no_grad()
     def step(self, rates: Rates) -> None:
         """Update every parameter that has a gradient; the gradients stay as they are."""
+        self.updates += 1
         groups: dict[tuple[float, float], list[str]] = {}
         for name, parameter in self._parameters.items():
             if parameter.grad is not None and rates.get(name) > 0:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from cluster.checkpoint.format import (
     UNSOUND,
     Checkpoint,
     choose_from_storage,
+    collect_state,
     column_file,
     describe_stranger,
     fetch_files,
@@ -27,6 +29,7 @@ from cluster.checkpoint.format import (
     read_newest_table,
     read_table,
 )
+from cluster.checkpoint.memory import Memory, Offer, choose_offer, receive_columns
 from cluster.checkpoint.storage import (
     CheckpointStorage,
     LocalStorage,
@@ -42,10 +45,11 @@ from cluster.config import (
     read_run_config,
     translate_values,
 )
-from cluster.run.events import Tell
+from cluster.run.events import Tell, Warned
 from cluster.run.folder import (
     CHECKPOINTS,
     CONFIG,
+    METRICS,
     Mark,
     find_conflicts,
     find_data_conflicts,
@@ -53,6 +57,7 @@ from cluster.run.folder import (
     read_last_step,
     read_run_id,
 )
+from cluster.run.jsonl import append_row, read_tail
 from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.remote.target import open_store
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
@@ -65,6 +70,7 @@ if TYPE_CHECKING:
     from model.alexnet import AlexNet
     from model.optimizer import Sgd2012
 
+UNUSED = "the state in the memory of the other workers is not used"
 NEW = "conv6"
 """Name of the layer that may be new, besides the last."""
 Errors = dict[str, float | None]
@@ -83,6 +89,8 @@ class _Discovery:
     errors: Errors = field(default_factory=dict)
     trouble: str = ""
     """Reason that they cannot be read; "" if they can."""
+    is_in_memory: bool = False
+    """True if the state of `mark`, a newer one, is in the memory of some workers."""
 
 
 def identify_run(
@@ -155,8 +163,9 @@ def load_newest(
     optimizer: Sgd2012,
     tell: Tell,
     run_id: str = "",
+    memory: Memory | None = None,
 ) -> tuple[Mark, Errors]:
-    """Load the newest sound checkpoint; a collective call of all processes.
+    """Load the newest sound state, of memory or a checkpoint; a collective call of all processes.
 
     Damaged checkpoints are skipped with a warning. Incomplete ones are removed.
 
@@ -168,18 +177,31 @@ def load_newest(
         optimizer: gets their velocities.
         tell: gets the leader's warnings.
         run_id: name of the run; "" if it is not known.
+        memory: state that this process has kept, or not.
 
     Returns:
-        Step and position of the checkpoint, and (on the leader) the errors of all checkpoints.
+        Step and position of the state, and (on the leader) the errors of all checkpoints.
 
     Raises:
         DataError: all checkpoints are damaged, or the newest is of another network.
         SetupError: they cannot be reached, or are of another run.
     """
-    found, seen = _discover(storage, run, run_id, tell) if mesh.is_leader else (None, _Discovery())
+    offers = mesh.gather(memory.offer(run_id) if memory else None)
+    columns = (0, 1) if mesh.pair else net.columns
+    found, seen = (
+        _discover(storage, run, run_id, tell, offers, columns)
+        if mesh.is_leader
+        else (None, _Discovery())
+    )
     seen = mesh.broadcast(seen)
     if seen.trouble:
         raise SetupError(seen.trouble)
+    if seen.is_in_memory:
+        if trouble := _load_offer(offers, seen.mark, memory, mesh, net, optimizer):
+            if mesh.is_leader:
+                tell(Warned(f"{UNUSED} ({trouble}); the newest checkpoint is"))
+            return load_newest(storage, run, mesh, net, optimizer, tell, run_id)
+        return seen.mark, seen.errors
     if seen.names and not seen.newest:
         raise DataError(
             f"no checkpoint in {storage.address} is sound; restore one, or name another --run to "
@@ -194,10 +216,36 @@ def load_newest(
     return seen.mark, seen.errors
 
 
+def _load_offer(
+    offers: Sequence[Offer | None], mark: Mark, memory: Memory | None, mesh: ProcessMesh,
+    net: AlexNet, optimizer: Sgd2012,
+) -> str:  # fmt: skip
+    """Load a state that some processes have in memory; a collective call.
+
+    Returns:
+        Reason that a process could not; "" if all could.
+    """
+    trouble, state = "", {}
+    own = memory.collect() if memory and offers[mesh.rank] else {}
+    try:
+        state = receive_columns(offers, mark, own, mesh, collect_state(net, optimizer))
+    except DataError as error:
+        trouble = str(error)
+    if words := [words for words in mesh.gather(trouble) if words]:
+        return words[0]
+    for prefix, load in (
+        ("weights/", net.load_column_state),
+        ("velocity/", partial(optimizer.load_column_state, net)),
+    ):
+        load({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)})
+    return ""
+
+
 def _discover(
-    storage: CheckpointStorage, run: Path, run_id: str, tell: Tell
-) -> tuple[Checkpoint | None, _Discovery]:
-    """Find the newest sound checkpoint. Leader only."""
+    storage: CheckpointStorage, run: Path, run_id: str, tell: Tell,
+    offers: Sequence[Offer | None] = (), columns: Sequence[int] = (),
+) -> tuple[Checkpoint | None, _Discovery]:  # fmt: skip
+    """Find the newest state: sound in a checkpoint, or in memory. Leader only."""
     seen = _Discovery()
     try:
         seen.names = storage.list_complete()
@@ -211,6 +259,15 @@ def _discover(
         storage.prepare()
         storage.remove_unfinished(parse_step(seen.names[0]) if seen.names else 0)
         seen.errors = {name: read_error(storage, name) for name in seen.names}
+        saved = parse_step(seen.names[0]) if seen.names else 0
+        written = next((row.get("step", 0) for row in read_tail(run / METRICS, 1)), 0)
+        offer, why = choose_offer(offers, columns, written, saved)
+        if why:
+            tell(Warned(f"{UNUSED} ({why}); the checkpoint of step {saved} is"))
+        if offer is not None:
+            append_row(run / METRICS, offer.mark.step, offer.row)
+            seen.mark, seen.is_in_memory = offer.mark, True
+            return None, seen
         found = find_sound(storage, seen.names, tell)
         if found is not None and (words := describe_stranger(found.run, run_id)):
             raise SetupError(f"{storage.address} holds checkpoints {words}; name another --store")

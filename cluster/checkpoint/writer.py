@@ -32,6 +32,7 @@ from cluster.checkpoint.format import (
     read_table,
 )
 from cluster.checkpoint.loader import load_newest
+from cluster.checkpoint.memory import Memory
 from cluster.checkpoint.storage import CheckpointStorage, open_storage, parse_step
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Saved, Tell, Warned
@@ -154,20 +155,26 @@ class CheckpointManager:
         self._cleaning: BackgroundTask | None = None
         """The leader's removal of superfluous checkpoints."""
 
-    def resume(self, net: AlexNet, optimizer: Sgd2012) -> Mark:
-        """Load the newest complete checkpoint, if there is one; all processes call it.
+    def resume(self, net: AlexNet, optimizer: Sgd2012, memory: Memory | None = None) -> Mark:
+        """Load the newest state, of `memory` or a complete checkpoint; all processes call it.
 
-        Damaged ones are named in a warning and passed over.
+        Damaged checkpoints are named in a warning and passed over. If there is no state, the
+        training is a new one.
 
         Raises:
             DataError: there are some, and none is sound.
             SetupError: they cannot be reached.
         """
         mark, self._errors = load_newest(
-            self._storage, self._run, self._mesh, net, optimizer, self._tell, self._run_id
+            self._storage, self._run, self._mesh, net, optimizer, self._tell, self._run_id, memory
         )
-        self._good = mark.step
+        self._good = max(map(parse_step, self._errors), default=0)
         return mark
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last complete checkpoint, as the leader knows it."""
+        return self._good
 
     @property
     def is_busy(self) -> bool:

@@ -52,7 +52,7 @@ class TrainOptions(Options):
         "machines": (
             "replicas", "columns_per_worker", "device", "dtype", "exchange_dtype", "cuda_graph",
             "threads", "prefetch", "hw_decoder_load", "max_failures", "node_wait",
-            "collective_timeout",
+            "spares", "collective_timeout",
         ),
         "checkpoints and measurements": (
             "checkpoint_every", "keep", "keep_best", "store", "validate_every", "statistics_every",

@@ -140,7 +140,7 @@ def main(request: dict[str, Any], out: Path) -> None:
 
     start = time.monotonic()
     try:
-        with ray_session(1, preload=False):
+        with ray_session(1):
             seconds = time.monotonic() - start
             room = [asdict(node) for node in list_nodes()]
             answer = {"seconds": seconds, "room": room, "nodes": ask_nodes(request)}

@@ -2,7 +2,7 @@
 
     while there are steps to make:
         place as many replicas as fit          (placement.place_workers)
-        start their workers                    (WorkerGroup)
+        start their workers                    (WorkerGroup; Workers keeps those that live)
         watch them until they end: finished, failed, or stopped, because the user wants it, a node
         is being drained, or there is room for more replicas
 
@@ -15,8 +15,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,14 +33,16 @@ from cluster.launch.placement import (
     describe_holders,
     describe_layout,
     find_draining_nodes,
+    find_reachable,
     get_node_name,
     has_gpus,
     list_nodes,
     place_run,
     uses_gpus,
 )
-from cluster.launch.session import is_attached, make_session_folder
-from cluster.launch.worker import FAKE_GPUS, WorkerJob, run_worker
+from cluster.launch.rendezvous import describe_start, meet
+from cluster.launch.worker import FAKE_GPUS, WorkerJob
+from cluster.launch.workers import Workers
 from cluster.run.console import RunConsole
 from cluster.run.events import Ended, Event, Failed, Finished, Placed, Started
 from cluster.run.folder import (
@@ -53,7 +53,7 @@ from cluster.run.folder import (
     read_last_step,
 )
 from cluster.run.sync import DRIVER_FILES, open_mirror
-from pipeline.tools.errors import DuetError, handle_end
+from pipeline.tools.errors import DuetError, SetupError, handle_end
 
 EVENTS_EVERY = 0.2
 """Seconds between reads of the workers' events."""
@@ -63,6 +63,12 @@ ROOM_EVERY = 0.5
 """Seconds between attempts to place the workers."""
 RELEASE_TIMEOUT = 15.0
 """Seconds that Ray may take to release the resources of workers that have ended."""
+START_TIMEOUT = 60.0
+"""Seconds that workers have to start, and to import what they need."""
+GRACE = 5.0
+"""Seconds that workers have to notice that another has died: their next collective call fails."""
+LATE_GRACE = 1.0
+"""The same after a worker has waited for another in vain: whoever lives has done so, too."""
 GROW_AFTER = 10.0
 """Seconds after a start before the run is stopped to add replicas."""
 STOP_TIMEOUT = 120.0
@@ -74,9 +80,7 @@ STOPPED = "stopped"
 ABORT_ONLY = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "2"}
 """NCCL's watchdog shall abort an operation that takes too long, and not also end the process, which
 then names the worker that is late (torch: ErrorHandlingMode in ProcessGroupNCCL.hpp)."""
-FORWARDED = (
-    "OMP_WAIT_POLICY", "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", FAKE_GPUS, *ABORT_ONLY,
-)  # fmt: skip
+FORWARDED = ("OMP_WAIT_POLICY", FAKE_GPUS, *ABORT_ONLY)
 """Variables that workers need before they load torch, or that Ray does not forward."""
 
 
@@ -114,14 +118,15 @@ class Controller:
 
         Raises:
             NoRoom: the cluster has none, now or for longer than `node_wait`.
-            DuetError: the run failed more than `max_failures` times with no new checkpoint.
+            DuetError: the run failed more than `max_failures` times in a row at the same step.
             KeyboardInterrupt: the user ended it.
         """
         failures, begun = 0, self._last_step()
         placement = self._place_first()
         if layout := describe_layout(self._config, placement):
             self._screen.say(layout)
-        with count_interrupts() as interrupts:
+        spares = Workers(self._config.spares, build_environment())
+        with spares as self._workers, count_interrupts() as interrupts:
             while True:
                 group = self._run_group(placement, interrupts)
                 if group.finished:
@@ -129,14 +134,15 @@ class Controller:
                 if interrupts():
                     raise KeyboardInterrupt
                 if group.has_failed:
-                    step, event = self._last_step(), group.failure.event
+                    # A start from memory is progress, too.
+                    step, event = max(self._last_step(), group.step), group.failure.event
                     if event is not None and event.broken_node:
                         self._broken.add(event.broken_node)
                     failures, begun = (failures + 1 if step == begun else 1), step
                     if failures > self._config.max_failures or group.failure.is_final:
                         raise group.failure.build_error(self._run, self._read_output())
-                    self._screen.say(f"{group.failure.why}; starting again from step {step}")
-                placement = self._wait_for_room(group.placement, interrupts)
+                    self._screen.say(f"{group.failure.why}; starting again")
+                placement = self._wait_for_room(interrupts)
 
     def _place_first(self) -> Placement:
         """Place the first start, with the room there is now.
@@ -158,15 +164,18 @@ class Controller:
     def _run_group(self, placement: Placement, interrupts: Callable[[], int]) -> WorkerGroup:
         """Start the workers and handle their events until they have ended."""
         self._number += 1
-        group = WorkerGroup(self._config, self._data, self._run, placement)
+        group = WorkerGroup(self._config, self._data, self._run, self._workers, placement)
         request = StopRequest(group, self._screen)
         try:
             for event in group.events():
                 self._handle(event, group)
                 if interrupts():
                     request.stop_for_user()
-                elif group.started and (why := self._find_reason(group.placement, request)):
-                    request.stop_to_restart(why)
+                elif group.started and request.is_time_to_look():
+                    if why := self._find_reason(group.placement, request):
+                        request.stop_to_restart(why)
+                    else:
+                        self._workers.tend_spares(time.monotonic() - request.since)
         except KeyboardInterrupt:
             request.why = STOPPED
             raise
@@ -182,8 +191,9 @@ class Controller:
         if isinstance(event, Started):
             workers = [asdict(worker) for worker in group.failure.workers]
             self._note(
-                "start", step=event.step, total=event.total, replicas=group.placement.replicas,
-                workers=workers,
+                "start", step=event.step, saved=event.saved, total=event.total,
+                replicas=group.placement.replicas, workers=workers,
+                nodes=group.placement.nodes, seconds=group.seconds,
             )  # fmt: skip
         if event is not None:
             self._screen.show(event)
@@ -198,8 +208,6 @@ class Controller:
 
     def _find_reason(self, now: Placement, request: StopRequest) -> str:
         """Return why the workers should restart elsewhere; empty if they should not."""
-        if not request.is_time_to_look():
-            return ""
         if leaving := find_draining_nodes() & set(now.nodes):
             return f"node {get_node_name(min(leaving))} is about to go"
         if time.monotonic() - request.since < GROW_AFTER:
@@ -215,12 +223,8 @@ class Controller:
                 return place_run(self._config, sound, self._gpu)
         return place_run(self._config, nodes, self._gpu)
 
-    def _wait_for_room(self, before: Placement, interrupts: Callable[[], int]) -> Placement:
-        """Place the next start, with the room there is once the last one's resources are free.
-
-        Args:
-            before: placement of the last start.
-            interrupts: returns how often the user has asked to stop.
+    def _wait_for_room(self, interrupts: Callable[[], int]) -> Placement:
+        """Place the next start; the seats of the workers count as free.
 
         Raises:
             NoRoom: there is none for longer than `node_wait` seconds.
@@ -229,15 +233,12 @@ class Controller:
         start, said = time.monotonic(), 0.0
         timeout = max(RELEASE_TIMEOUT, self._config.node_wait)
         while True:
-            waited = time.monotonic() - start
             try:
-                placement = self._place(filter_reachable(list_nodes()))
-                if waited > RELEASE_TIMEOUT:
-                    return placement
-                freed = filter_reachable(list_nodes(before))
-                if placement.replicas >= self._count_replicas(freed):
-                    return placement
+                reachable = find_reachable()
+                nodes = list_nodes(self._workers.placement)
+                return self._place([node for node in nodes if node.id in reachable])
             except NoRoom as error:
+                waited = time.monotonic() - start
                 if waited > timeout:
                     raise name_holders(error) from None
                 if waited > RELEASE_TIMEOUT and waited - said > SAY_EVERY:
@@ -309,51 +310,151 @@ class StopRequest:
 
 
 class WorkerGroup:
-    """Workers started once by Ray Train: `events()` until they end; attributes say how they did."""
+    """One start of a run's workers: `events()` until they end; attributes say how they did."""
+
+    step = 0
+    """Step from which they began."""
 
     def __init__(
-        self, config: Config, data: str, run: Any, placement: Placement, *, measure: bool = False
-    ) -> None:
+        self, config: Config, data: str, run: Any, workers: Workers, placement: Placement,
+        *, measure: bool = False,
+    ) -> None:  # fmt: skip
         self.placement = placement
         self.started = self.ended = self.finished = False
         """They began to train; stopped on request; made the last step."""
         self.failure = Failure()
         """Causes of a failure, if they failed; has the worker table once they are placed."""
         self.channel = Channel()
-        job = WorkerJob(
+        self.seconds: dict[str, float] = {}
+        """Seconds of each stage of the start."""
+        self._workers, self._begun = workers, time.monotonic()
+        self._job = WorkerJob(
             config=config, data=data, run=run, placement=placement, driver=self.channel.address,
             identity=RunIdentity() if measure else read_identity(run), measure=measure,
         )  # fmt: skip
-        # A thread: fit() would handle Ctrl-C itself, and this thread prints events.
-        self._thread = threading.Thread(target=self._fit, args=(job,), daemon=True)
-        self._thread.start()
-
-    def _fit(self, job: WorkerJob) -> None:
-        # Storage of Ray Train's own state; only the driver's node reads it.
-        try:
-            with make_session_folder() as scratch:
-                create_trainer(job, str(scratch)).fit()
-        except BaseException as error:
-            self.failure.raised = error
 
     def events(self) -> Iterator[Event | None]:
         """Yield the workers' events until they have ended, and None after each read."""
-        while True:
-            ending = not self._thread.is_alive()
-            for event in self.channel.take():
-                self._note(event)
-                yield event
-            if ending:
+        from ray.exceptions import RayError
+
+        try:
+            yield from self._train()
+        except RayError as error:  # some may have met, and some not
+            self.failure.raised = error
+            self._drop_all()
+        yield from self._take()
+
+    def _train(self) -> Iterator[Event | None]:
+        """Start the workers and wait for their ends."""
+        from ray.exceptions import RayTaskError
+
+        self._workers.place(self.placement)
+        warm = self._workers.warm_up()
+        yield from self._wait(warm)
+        values = self._get_values(warm)
+        if values is None:
+            return
+        self._note_stage("workers")
+        timeout = self._job.config.collective_timeout
+        self._workers.welcome(values)
+        size = len(self._workers)
+        try:
+            meet(self._workers.execute, size, choose_backend(self.placement), timeout)
+        except (ConnectionError, RayTaskError) as error:
+            self.failure.event = describe_start(error)
+            self._drop_all()
+            return
+        running = self._workers.train(self._job)
+        yield from self._watch({ref: rank for rank, ref in enumerate(running)})
+
+    def _wait(self, references: list[Any]) -> Iterator[Event | None]:
+        """Wait until a start has made some progress, but no longer than `START_TIMEOUT`."""
+        import ray
+
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            if not ray.wait(references, num_returns=len(references), timeout=EVENTS_EVERY)[1]:
                 return
+            yield from self._take()
             yield None
-            time.sleep(EVENTS_EVERY)
+
+    def _get_values(self, references: list[Any]) -> list[Any] | None:
+        """Return what the workers have answered; None: some have not, which are dropped."""
+        import ray
+        from ray.exceptions import GetTimeoutError, RayError
+
+        values = []
+        for rank, reference in enumerate(references):
+            try:
+                values.append(ray.get(reference, timeout=0))
+            except GetTimeoutError:
+                self._lose(rank, SetupError(f"workers did not start in {START_TIMEOUT:g} s"))
+            except RayError as error:
+                self._lose(rank, error)
+        return values if len(values) == len(references) else None
+
+    def _watch(self, running: dict[Any, int]) -> Iterator[Event | None]:
+        """Wait for the ends of all workers; after a failure, a little for those that live on."""
+        import ray
+        from ray.exceptions import RayError
+
+        failed: float | None = None
+        while running:
+            for reference in ray.wait(list(running), timeout=EVENTS_EVERY)[0]:
+                rank = running.pop(reference)
+                try:
+                    is_well = ray.get(reference)
+                except RayError as error:
+                    is_well = False
+                    self._lose(rank, error)
+                if not is_well:
+                    failed = failed or time.monotonic()
+            yield from self._take()
+            yield None
+            if failed is not None and running:
+                self._drop_stuck(running, time.monotonic() - failed)
+
+    def _drop_stuck(self, running: dict[Any, int], seconds: float) -> None:
+        """End the workers that do not notice the failure of another: frozen, or on a dead node."""
+        is_late = self.failure.event is not None and self.failure.event.late
+        over = seconds > (LATE_GRACE if is_late else GRACE)
+        reachable = find_reachable() if not over else set()
+        for reference, rank in list(running.items()):
+            if over or self._workers.get_node(rank) not in reachable:
+                del running[reference]
+                self._workers.drop(rank)
+
+    def _lose(self, rank: int, error: Exception) -> None:
+        """Note that a worker has died, or has failed on its own, and end it."""
+        from ray.exceptions import RayActorError
+
+        if isinstance(error, RayActorError):
+            self.failure.dead.add(rank)
+        self.failure.raised = self.failure.raised or error
+        self._workers.drop(rank)
+
+    def _drop_all(self) -> None:
+        """End all workers; their seats are kept."""
+        for rank in range(len(self._workers)):
+            self._workers.drop(rank)
+
+    def _take(self) -> Iterator[Event]:
+        for event in self.channel.take():
+            self._note(event)
+            yield event
+
+    def _note_stage(self, name: str) -> None:
+        now = time.monotonic()
+        self.seconds[name], self._begun = round(now - self._begun, 2), now
 
     def _note(self, event: Event) -> None:
         match event:
             case Placed(workers):
+                self._note_stage("meet")
                 self.failure.workers = workers
             case Started():
-                self.started = True
+                self._note_stage("load")
+                self.started, self.step = True, event.step
             case Ended():
                 self.ended = True
             case Finished():
@@ -363,45 +464,15 @@ class WorkerGroup:
 
     @property
     def has_failed(self) -> bool:
-        """True if a worker or Ray Train has failed."""
-        return self.failure.event is not None or self.failure.raised is not None
+        """True if a worker has failed, or Ray."""
+        failure = self.failure
+        return failure.event is not None or failure.raised is not None or bool(failure.dead)
 
 
-def create_trainer(job: WorkerJob, scratch: str) -> Any:
-    """Create the Ray Train trainer of a job."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.v2.api.config import LoggingConfig
-    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-    placement = job.placement
-    resources: dict[str, float] = {"CPU": placement.cpus}
-    if placement.gpus:
-        resources["GPU"] = placement.gpus
-    cuda = placement.gpus and not os.environ.get(FAKE_GPUS)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    from cluster.launch.rendezvous import LoopbackTrainer, RendezvousConfig
-
-    trainer = DataParallelTrainer if is_attached() else LoopbackTrainer
-    return trainer(
-        run_worker,
-        train_loop_config={"job": job},
-        backend_config=RendezvousConfig(backend, job.config.collective_timeout, job.driver),
-        scaling_config=ScalingConfig(
-            num_workers=len(placement.nodes),
-            use_gpu=bool(placement.gpus),
-            resources_per_worker=resources,
-            placement_strategy="STRICT_PACK" if len(set(placement.nodes)) == 1 else "PACK",
-            label_selector=[{"ray.io/node-id": node} for node in placement.nodes],
-        ),
-        run_config=RunConfig(
-            name="train",
-            storage_path=scratch,
-            # Duet's controller restarts the workers, after it has looked where there is room.
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
-            logging_config=LoggingConfig(log_level="ERROR"),
-            worker_runtime_env={"env_vars": build_environment()},
-        ),
-    )
+def choose_backend(placement: Placement) -> str:
+    """Return the backend of torch.distributed."""
+    has_cuda = placement.gpus and not os.environ.get(FAKE_GPUS)
+    return "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
 
 
 def build_environment() -> dict[str, str]:
@@ -436,18 +507,3 @@ def name_holders(error: NoRoom) -> NoRoom:
     """Return the error with the jobs that hold the room, if there are any."""
     holders = describe_holders()
     return NoRoom(f"{error}; in use are {holders}") if holders else error
-
-
-def filter_reachable(nodes: list[Node]) -> list[Node]:
-    """Drop nodes that do not answer: Ray takes some seconds to notice that one is gone."""
-    import ray
-
-    nodes_of_ray = {node["NodeID"]: node for node in ray.nodes()}
-    found = []
-    for node in nodes:
-        with suppress(OSError, KeyError):
-            has = nodes_of_ray[node.id]
-            address = (has["NodeManagerAddress"], has["NodeManagerPort"])
-            socket.create_connection(address, timeout=2).close()
-            found.append(node)
-    return found

@@ -7,7 +7,7 @@ import re
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.launch.placement import WorkerMemory
@@ -40,8 +40,6 @@ MOST_MEMORY = 0.9
 """Share of a GPU's memory that the estimate for a smaller batch may take."""
 COLOR = re.compile("\x1b\\[[0-9;]*m")
 """Codes by which Ray colors its texts, also where nobody sees them."""
-DEATHS = ("WorkerHealthCheckFailedError", "WorkerHealthCheckTimeoutError", "ActorDiedError")
-"""Ray Train's error types for a worker that died; one that raised is reported with its error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +89,7 @@ def describe_failure(
         worker=worker,
         exit_code=code,
         final=is_final,
+        late=is_lost_worker(error) and not GONE.search(str(error)),
         broken_node=node,
     )
 
@@ -103,6 +102,11 @@ def _describe_lost_worker(error: Exception, peer: str) -> str:
     if found := GONE.search(text):
         return f"lost {peer} ({found[0].strip()})"
     return f"{peer} does not answer (frozen?)" if LATE.search(text) else ""
+
+
+def is_lost_worker(error: Exception) -> bool:
+    """Return whether an error says that another worker was lost, and nothing else is wrong."""
+    return bool(_describe_lost_worker(error, "another worker")) and not _find_gpu_error(error)
 
 
 def _find_gpu_error(error: BaseException) -> BaseException | None:
@@ -191,14 +195,14 @@ class Failure:
     event: Failed | None = None
     """Event of the first worker that failed."""
     raised: BaseException | None = None
-    """Error that Ray Train raised."""
+    """Error that Ray raised, or a worker of which no event came."""
+    dead: set[int] = field(default_factory=set)
+    """Ranks of the workers that died."""
 
     @property
     def deaths(self) -> list[str]:
         """Names of the workers that died without an error of their own."""
-        errors = getattr(self.raised, "worker_failures", {})
-        dead = [rank for rank, error in errors.items() if type(error).__name__ in DEATHS]
-        return [self._name_worker(rank) for rank in sorted(dead)]
+        return [self._name_worker(rank) for rank in sorted(self.dead)]
 
     def _name_worker(self, rank: int) -> str:
         for worker in self.workers:

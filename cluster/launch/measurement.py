@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.config import Config
-from cluster.launch.controller import WorkerGroup
+from cluster.launch.controller import WorkerGroup, build_environment
 from cluster.launch.placement import (
     describe_layout,
     has_gpus,
@@ -19,6 +19,7 @@ from cluster.launch.placement import (
     place_run,
     uses_gpus,
 )
+from cluster.launch.workers import Workers
 from cluster.run.console import RunConsole
 from cluster.run.events import Measured, Placed
 from cluster.run.folder import MEASURE
@@ -50,15 +51,16 @@ def measure_with_ray(
     placement = place_run(config, list_nodes(), gpu)
     if layout := describe_layout(config, placement):
         screen.say(layout)
-    group = WorkerGroup(config, data, folder, placement, measure=True)
     found: Mapping[str, Any] | None = None
-    for event in group.events():
-        if isinstance(event, Measured):
-            found = round_floats(event.found)
-        elif isinstance(event, Placed):
-            screen.wait("measuring")
-        elif event is not None:
-            screen.show(event)
+    with Workers(0, build_environment()) as workers:
+        group = WorkerGroup(config, data, folder, workers, placement, measure=True)
+        for event in group.events():
+            if isinstance(event, Measured):
+                found = round_floats(event.found)
+            elif isinstance(event, Placed):
+                screen.wait("measuring")
+            elif event is not None:
+                screen.show(event)
     if found is None:
         raise group.failure.build_error(folder, read_output())
     for line in format_measurement(found):

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import os
 import platform
+import socket
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -425,3 +427,17 @@ def find_draining_nodes() -> set[str]:
     from ray._private.state import state
 
     return set(state.get_draining_nodes())
+
+
+def find_reachable() -> set[str]:
+    """Return Ray's ids of the nodes that answer: Ray takes some seconds to notice a loss."""
+    import ray
+
+    found = set()
+    for node in ray.nodes():
+        with suppress(OSError):
+            if node["Alive"]:
+                address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+                socket.create_connection(address, timeout=2).close()
+                found.add(node["NodeID"])
+    return found

@@ -5,85 +5,36 @@ is bound already; gloo and NCCL accept the interface by an environment variable.
 each node tries to connect to each other one: gloo itself would wait for minutes, and then not say
 for whom. The nodes of a Ray on loopback meet on 127.0.0.1.
 
-Importing this imports Ray, which reads then whether it may listen on other interfaces: whoever
-starts a Ray sets `session.OWN` first. Only the functions that a worker calls import torch: driver
-and controller do without its five CPU seconds.
+Only the functions that a worker calls import torch: the driver does without its five CPU seconds.
 """
 
 from __future__ import annotations
 
+import gc
+import os
 import socket
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from ray.exceptions import GetTimeoutError, RayTaskError
-from ray.train.backend import Backend, BackendConfig
-from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-
-from cluster.launch.channel import DriverAddress
 from cluster.launch.failure import COLOR
 from cluster.launch.interfaces import GLOO, NCCL, choose_interface, list_addresses
 from cluster.launch.placement import get_node_name
 from cluster.run.events import Failed
 from pipeline.tools.errors import DuetError, SetupError, summarize_error
 
-SHUTDOWN_TIMEOUT = 5.0
-"""Seconds that workers have to leave the process group."""
+Execute = Callable[..., Any]
+"""Calls a function in the process of a rank, as `Workers.execute` does."""
+LEAVE_TIMEOUT = 5.0
+"""Seconds that a worker has to leave the process group."""
 CONNECT_TIMEOUT = 10.0
 """Seconds that a connection between two nodes may take to be made."""
-UNUSED = ("DatasetsCallback", "PlacementGroupCleanerCallback")
-"""Callbacks of Ray Train by the name of their class, which are internal to it."""
 _stores: list[Any] = []
 """Store of rank 0: it must live as long as the process group."""
 _doors: list[socket.socket] = []
 """Socket to which other nodes try to connect."""
-
-
-class LoopbackTrainer(DataParallelTrainer):
-    """Trainer without three actors of Ray Train, of four CPU seconds each.
-
-    One serves Ray Data's datasets; Duet has none. One frees the room of a controller that was
-    killed; a Ray of our own ends with the command. One shares an autoscaler between trainings.
-    """
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [one for one in callbacks if type(one).__name__ not in UNUSED]
-
-    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        arguments["scaling_policy"] = LoopbackScalingPolicy(self.scaling_config)
-        return super()._initialize_and_run_controller(**arguments)
-
-
-class LoopbackScalingPolicy(FixedScalingPolicy):
-    """Starts the workers without asking an autoscaler for their room: it is there."""
-
-    def after_controller_start(self, train_run_context: Any) -> None:
-        """Start no actor."""
-
-    def _maybe_send_resource_request(self) -> None:
-        pass
-
-
-@dataclass
-class RendezvousConfig(BackendConfig):
-    """Process group of the workers."""
-
-    backend: str = "gloo"
-    """Backend of torch.distributed."""
-    timeout_s: int = 300
-    """Timeout of a collective operation in seconds."""
-    driver: DriverAddress | None = None
-    """Gets the cause if the workers do not meet."""
-
-    @property
-    def backend_cls(self) -> type[Backend]:
-        """Backend that Ray Train calls before and after the training."""
-        return RendezvousBackend
 
 
 @dataclass(frozen=True)
@@ -97,55 +48,35 @@ class Endpoint:
     address: str
 
 
-class RendezvousBackend(Backend):
-    """Sets up torch.distributed as Ray's TorchTrainer does, by the interfaces that Ray uses."""
+def meet(execute: Execute, size: int, backend: str, timeout_s: int) -> None:
+    """Have every worker join a new process group.
 
-    share_cuda_visible_devices = True
-    """A worker sees the GPUs of all, as the transport between neighbors needs it."""
+    Args:
+        execute: calls a function in the process of a rank.
+        size: number of workers.
+        backend: backend of torch.distributed.
+        timeout_s: timeout of a collective operation in seconds.
 
-    def on_start(self, worker_group: Any, backend_config: RendezvousConfig) -> None:
-        """Have every worker join the process group.
+    Raises:
+        ConnectionError, RayError: they did not meet, or a worker has died.
+    """
+    import ray
 
-        Raises:
-            Exception: they did not meet; the driver knows why, and the workers are ended: Ray
-                Train itself would keep them, and what they hold, as long as the driver lives.
-        """
-        try:
-            self._join(worker_group, backend_config)
-        except Exception as error:
-            if backend_config.driver is not None:
-                backend_config.driver.tell_now(describe_start(error))
-            worker_group.abort()
-            raise
-
-    def _join(self, worker_group: Any, config: RendezvousConfig) -> None:
-        import ray
-
-        size = len(worker_group)
-        found: list[Endpoint] = worker_group.execute(find_endpoint)
-        check_paths(worker_group, found)
-        where = found[0].address
-        port = worker_group.execute_single(0, start_store, where, size, config.timeout_s)
-        ray.get(
-            [
-                worker_group.execute_single_async(
-                    rank, join_process_group, rank, size, (where, port), config.backend,
-                    config.timeout_s, found[rank],
-                )
-                for rank in range(size)
-            ]
-        )  # fmt: skip
-
-    def on_shutdown(self, worker_group: Any, backend_config: RendezvousConfig) -> None:
-        """Have every worker leave the process group; one that hangs is ended by Ray."""
-        import ray
-
-        with suppress(GetTimeoutError):
-            ray.get(worker_group.execute_async(leave_process_group), timeout=SHUTDOWN_TIMEOUT)
+    found: list[Endpoint] = ray.get([execute(rank, find_endpoint) for rank in range(size)])
+    check_paths(execute, found)
+    address = found[0].address
+    where = (address, ray.get(execute(0, start_store, address, size, timeout_s)))
+    joined = [
+        execute(rank, join_process_group, rank, size, where, backend, timeout_s, found[rank])
+        for rank in range(size)
+    ]
+    ray.get(joined)
 
 
 def describe_start(error: Exception) -> Failed:
     """Return the event for workers that did not meet; Ray wraps the error of a worker."""
+    from ray.exceptions import RayTaskError
+
     cause = error.cause if isinstance(error, RayTaskError) else error
     return Failed(
         text=summarize_error(cause),
@@ -156,11 +87,11 @@ def describe_start(error: Exception) -> Failed:
     )
 
 
-def check_paths(worker_group: Any, found: Sequence[Endpoint]) -> None:
+def check_paths(execute: Execute, found: Sequence[Endpoint]) -> None:
     """Have one worker of each node connect to one of each other node.
 
     Args:
-        worker_group: workers of Ray Train.
+        execute: calls a function in the process of a rank.
         found: endpoint of each rank.
 
     Raises:
@@ -172,14 +103,9 @@ def check_paths(worker_group: Any, found: Sequence[Endpoint]) -> None:
     ranks = sorted(first.values())
     if len(ranks) == 1:
         return
-    doors = ray.get(
-        [
-            worker_group.execute_single_async(rank, open_door, found[rank].address, len(ranks))
-            for rank in ranks
-        ]
-    )
-    tried = ray.get([worker_group.execute_single_async(rank, try_doors, doors) for rank in ranks])
-    ray.get([worker_group.execute_single_async(rank, close_door) for rank in ranks])
+    doors = ray.get([execute(rank, open_door, found[rank].address, len(ranks)) for rank in ranks])
+    tried = ray.get([execute(rank, try_doors, doors) for rank in ranks])
+    ray.get([execute(rank, close_door) for rank in ranks])
     failed = [
         (found[here], found[there], why)
         for here, answers in zip(ranks, tried, strict=True)
@@ -282,8 +208,17 @@ def join_process_group(
 
 
 def leave_process_group() -> None:
-    """Leave the process group of this worker, unless it is alone in it."""
+    """Leave the process group of this worker; a process that cannot ends, and is replaced.
+
+    gloo closes its connections, by which others learn of a failure, when nothing refers to it.
+    """
     import torch.distributed as dist
 
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.destroy_process_group()
+    gc.collect()  # of nets, graphs and exceptions that refer to each other
+    if dist.is_initialized():
+        leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_TIMEOUT)
+        if leaving.is_alive():
+            os._exit(1)
+    _stores.clear()

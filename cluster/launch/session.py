@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import shutil
@@ -11,7 +10,6 @@ import socket
 import stat
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -42,21 +40,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Keeps Ray's own lines off the terminal.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # delay until the end of a worker is noticed
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the controller watches for it
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",
 }
-EVERYWHERE = ("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S",)
-"""Variables that Ray Train's controller needs; Ray forwards RAY_TRAIN_* to it only."""
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Variable that is set in a submitted job, which brings its code itself."""
 OWN = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for loopback only
-    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",  # a process for each core, of which one is needed
 }
 
@@ -84,13 +73,12 @@ def refuse_relative(name: str, path: str | Path, *, missing: bool = False) -> No
 
 
 @contextmanager
-def ray_session(workers: int, gpus: int | None = None, *, preload: bool = True) -> Iterator[None]:
+def ray_session(workers: int, gpus: int | None = None) -> Iterator[None]:
     """Attach to the Ray that RAY_ADDRESS names, or start one and stop it after the block.
 
     Args:
         workers: processes of the run; a Ray started here has room for them on any machine.
         gpus: GPUs that a Ray started here offers; None: all that it finds.
-        preload: whether Ray Train is imported in a thread while Ray's processes start.
 
     Raises:
         SetupError: Ray cannot be started or reached.
@@ -98,21 +86,17 @@ def ray_session(workers: int, gpus: int | None = None, *, preload: bool = True) 
     attached = is_attached()
     if attached and (found := examine_address(os.environ["RAY_ADDRESS"])):
         raise SetupError(f"RAY_ADDRESS: {found[0]}; {found[1]}")
-    everywhere = {name: QUIET[name] for name in EVERYWHERE if name not in os.environ}
     for name, value in (QUIET if attached else QUIET | OWN).items():
         os.environ.setdefault(name, value)
     import ray
 
     if attached:
         ask_head(os.environ["RAY_ADDRESS"])
-    if preload:
-        module = "cluster.launch.rendezvous"
-        threading.Thread(target=importlib.import_module, args=(module,), daemon=True).start()
     with nullcontext() if attached else make_session_folder() as scratch:
         try:
             # A terminal that goes sends SIGHUP to all: Ray's processes must live until the end.
             with defer_signals(signal.SIGHUP):
-                _start(ray, scratch, workers, everywhere, gpus)
+                _start(ray, scratch, workers, gpus)
             guard_token()
             # Raises KeyboardInterrupt; replaces Ray's handler, which aborts.
             handle_end(signal.default_int_handler)
@@ -290,10 +274,7 @@ def guard_token() -> None:
             path.chmod(0o600)
 
 
-def _start(
-    ray: Any, scratch: Path | None, workers: int, everywhere: dict[str, str],
-    gpus: int | None = None,
-) -> None:  # fmt: skip
+def _start(ray: Any, scratch: Path | None, workers: int, gpus: int | None = None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if scratch is not None:
         # Inherited by every process of this Ray, so that workers can import this repository.
@@ -308,8 +289,7 @@ def _start(
         }
     else:
         if IN_JOB not in os.environ:
-            everywhere = {"PYTHONPATH": str(REPOSITORY), **everywhere}
-        options["runtime_env"] = {"env_vars": everywhere}
+            options["runtime_env"] = {"env_vars": {"PYTHONPATH": str(REPOSITORY)}}
     try:
         ray.init(**options)
     except Exception as error:  # Ray raises a bare one when its processes start too slowly

@@ -97,7 +97,7 @@ class RayPool:
 
     def _start(self, job: Any) -> None:
         """Attach to Ray or start one, and create a marker file in OUT that all nodes must see."""
-        self._stack.enter_context(ray_session(self._workers, preload=False))
+        self._stack.enter_context(ray_session(self._workers))
         import ray
 
         target: Target = job.target

@@ -31,6 +31,8 @@ class Started:
     """Steps of the whole run."""
     place: str
     """Description of the workers: their number, device and dtype."""
+    saved: int = 0
+    """Step of the newest checkpoint; the state after `step` may be in memory only."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Failed:
     exit_code: int
     final: bool
     """True if a restart would fail in the same way."""
+    late: bool = False
+    """True if another worker did not answer in time."""
     broken_node: str = ""
     """Ray's id of the node whose GPU has failed; empty if none has."""
 

@@ -45,11 +45,10 @@ from cluster.config import (
     ORIGIN_KEYS,
     RUN_KEY,
     Config,
-    format_toml,
     read_run_config,
 )
 from cluster.run.jsonl import read_tail
-from pipeline.dataset.record import ADDRESS_KEY, LOCK, RECORD
+from pipeline.dataset.record import ADDRESS_KEY, LOCK, RECORD, SHA256_KEY
 from pipeline.remote.lease import lock_folder
 from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.files import NoLocks, atomic_write, ensure_writable, flock
@@ -197,6 +196,32 @@ def find_data_conflicts(old_sha256: str, new_sha256: str) -> list[str]:
     return [f"data set (manifest): {old_sha256[:12]} -> {new_sha256[:12]}"]
 
 
+def format_toml(
+    config: Config, data_sha256: str, run_id: str = "", origin: Mapping[str, str] | None = None
+) -> str:
+    """Format the effective config as the file RUN/config.toml, which `read_run_config` reads.
+
+    Args:
+        config: every setting of the run.
+        data_sha256, run_id: identity of the data set, name of the run.
+        origin: texts by their names in `ORIGIN_KEYS`; empty ones are left out.
+    """
+    lines = ["# Written by cluster.train: every setting of this run, as it was used."]
+    lines += [f"{name} = {format_value(value)}" for name, value in config.to_settings().items()]
+    lines += ["# The data set: SHA-256 of its manifest.json.", f'{SHA256_KEY} = "{data_sha256}"']
+    if run_id:
+        lines += ["# The run, which its checkpoints name, too.", f'{RUN_KEY} = "{run_id}"']
+    if known := {key: origin[key] for key in ORIGIN_KEYS if origin and origin.get(key)}:
+        lines.append("# The last start: data set, CONFIG, command, and the source's commit.")
+        lines += [f"{key} = {format_value(value)}" for key, value in known.items()]
+    return "\n".join(lines) + "\n"
+
+
+def format_value(value: object) -> str:
+    """Format the value of a setting as TOML: JSON, but for characters beyond ASCII and DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
 def write_run_config(
     run: Path, config: Config, data_sha256: str, samples: int, step: int, run_id: str = "",
     origin: Mapping[str, str] | None = None,
@@ -210,7 +235,7 @@ def write_run_config(
         samples: number of its training images.
         step: step of the newest checkpoint, 0 if there is none.
         run_id: name of the run.
-        origin: how it was started; see `cluster.config.format_toml`.
+        origin: how it was started; see `format_toml`.
 
     Raises:
         UsageError: the checkpoints were made with other settings or other data; names both.
@@ -286,12 +311,15 @@ def read_last_attempt(run: Path) -> int:
 
 def read_last_step(run: Path) -> int:
     """Return the step of the newest checkpoint at the last start or end; 0 before the first."""
-    return _read_last(run, "step")
+    return _read_last(run, "saved", "step")
 
 
-def _read_last(run: Path, name: str) -> int:
-    """Return a field of the last row of RUN/attempts.jsonl that has it."""
-    rows = [row.get(name) for row in read_tail(run / ATTEMPTS, LAST)]
+def _read_last(run: Path, *names: str) -> int:
+    """Return a field of the last row of RUN/attempts.jsonl that has it, by the first name there."""
+    rows = [
+        next((row[name] for name in names if name in row), None)
+        for row in read_tail(run / ATTEMPTS, LAST)
+    ]
     return next((number for number in reversed(rows) if isinstance(number, int)), 0)
 
 

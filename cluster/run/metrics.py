@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,7 @@ class MetricsLog:
 
     def __init__(
         self, run: Path, mesh: ProcessMesh, tell: Tell, samples: int, step: int,
-        publish: Sequence[Publish] = (), keep: list[dict[str, Any]] | None = None,
+        publish: Sequence[Publish] = (), keep: MutableSequence[dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         """Open the files of `run`, first cutting off rows after `step`.
 
@@ -84,7 +84,7 @@ class MetricsLog:
             samples: number of training images, to compute epochs.
             step: step to resume from; 0 for a new run.
             publish: receive the metrics of this process about once a second.
-            keep: list that collects every row of this process.
+            keep: collects the rows of this process.
         """
         self._mesh, self._tell, self._samples = mesh, tell, samples
         self._publish, self._keep = list(publish), keep
@@ -310,6 +310,8 @@ class MetricsLog:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
+            if self._mesh.device.type == "cpu":  # a GPU may have failed
+                self.flush()
             if kind is None:
                 self.flush()
                 self._publish_rows()

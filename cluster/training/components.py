@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from cluster.checkpoint.loader import load_init
+from cluster.checkpoint.memory import Memory
 from cluster.checkpoint.writer import CheckpointManager
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
@@ -57,6 +58,7 @@ class Training:
     """The remaining batches of the run."""
     log: MetricsLog
     checkpoints: CheckpointManager
+    memory: Memory
     mark: Mark
     """Step and position of the checkpoint to resume from."""
     total: int
@@ -66,12 +68,12 @@ class Training:
 @contextmanager
 def prepare_training(
     config: Config, data: str, run: Path, mesh: ProcessMesh, tell: Tell,
-    publish: Sequence[Publish], identity: RunIdentity = UNKNOWN,
+    publish: Sequence[Publish], identity: RunIdentity = UNKNOWN, memory: Memory | None = None,
 ) -> Iterator[Training]:  # fmt: skip
     """Create the components of a training, and close them after the block.
 
     Args:
-        config, data, run, mesh, tell, publish, identity: arguments of `loop.train`.
+        config, data, run, mesh, tell, publish, identity, memory: arguments of `loop.train`.
 
     Raises:
         DataError, SetupError: from the data set or the checkpoints.
@@ -88,7 +90,7 @@ def prepare_training(
         run, mesh, about, tell,
         keep=config.keep, keep_best=config.keep_best, store=config.store,
     )  # fmt: skip
-    mark = checkpoints.resume(net, optimizer)
+    mark = checkpoints.resume(net, optimizer, memory)
     if config.init and not mark.step:
         load_init(config.init, net, mesh, tell)
     recipe = RateSettings(config=config, samples=samples, total=total)
@@ -107,16 +109,21 @@ def prepare_training(
         if mesh.is_leader:
             trackers = open_trackers(config, run, identity.run, mark.step, tell)
             publish = [*publish, *parts.enter_context(trackers)]
-        log = parts.enter_context(MetricsLog(run, mesh, tell, samples, mark.step, publish))
+        memory = memory or Memory()
+        log = parts.enter_context(
+            MetricsLog(run, mesh, tell, samples, mark.step, publish, keep=memory.rows)
+        )
         # Rows are on disk, and in the store, before a checkpoint of their step counts.
         checkpoints.before = log.sync
+        if mesh.device.type == "cpu":  # a GPU computes on after a failure, with what did not come
+            memory.hold(identity.run, net, optimizer, mark)
         if mesh.is_leader and (mirror := open_mirror(run, config.store)):
             mirror.begin()
             checkpoints.alongside = mirror.push
         yield Training(
             config=config, data=data, data_sha256=data_sha256, run=run, mesh=mesh, net=net,
             optimizer=optimizer, train_step=train_step, rates=rates, feed=feed, log=log,
-            checkpoints=checkpoints, mark=mark, total=total,
+            checkpoints=checkpoints, memory=memory, mark=mark, total=total,
         )  # fmt: skip
 
 

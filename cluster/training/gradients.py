@@ -54,7 +54,7 @@ class GradientAverage:
     """
 
     is_exact = False
-    """Whether the gradients have the same bits for any number of replicas."""
+    """True if the gradients have the same bits for any number of replicas."""
     share = 1.0
     """Factor on the gradients of a replica's mean loss, which a backward pass must apply."""
 

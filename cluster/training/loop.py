@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cluster.checkpoint.memory import Memory
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Ended, Finished, Publish, Started, Tell
@@ -28,7 +29,7 @@ from model.timing import HostCopy
 def train(
     config: Config, data: str, run: Path, mesh: ProcessMesh, tell: Tell, *,
     identity: RunIdentity = UNKNOWN, is_stopping: Callable[[], bool] = lambda: False,
-    publish: Sequence[Publish] = (),
+    publish: Sequence[Publish] = (), memory: Memory | None = None,
 ) -> None:  # fmt: skip
     """Train to the end of the run, resuming from its newest checkpoint if there is one.
 
@@ -44,15 +45,17 @@ def train(
         identity: of the run and its data set; refused are checkpoints and data of another.
         is_stopping: returns whether to save and return after this step; one process suffices.
         publish: receive the metrics of this process about once a second.
+        memory: keeps the state of this process for the next call, should another process fail.
 
     Raises:
         NotFinite: the loss is NaN or infinite; all processes raise it.
         DataError, SetupError: from the stream, or the last checkpoint cannot be written.
     """
     prepare_device(mesh.device, 1 if config.exact else mesh.cores, is_exact=config.exact)
-    with prepare_training(config, data, run, mesh, tell, publish, identity) as training:
+    with prepare_training(config, data, run, mesh, tell, publish, identity, memory) as training:
         if mesh.is_leader:
-            tell(Started(training.mark.step, training.total, describe_workers(config, mesh)))
+            step, saved = training.mark.step, training.checkpoints.last_step
+            tell(Started(step, training.total, describe_workers(config, mesh), saved))
         mark = make_steps(training, is_stopping)
     if mesh.is_leader:
         tell(Finished(mark.step) if mark.step >= training.total else Ended(mark.step))
@@ -94,6 +97,7 @@ def make_steps(t: Training, is_stopping: Callable[[], bool]) -> Mark:
             with t.log.saving():
                 t.feed.flush()
                 t.checkpoints.begin(mark, t.net, t.optimizer, error)
+        t.memory.keep(mark, is_whole=mesh.is_leader or not has_rows(config, step, total))
         if stops:
             break
     with t.log.saving():
@@ -135,6 +139,13 @@ def validate(t: Training) -> dict[str, float]:
         "samples": round(samples * mesh.replicas),
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+def has_rows(config: Config, step: int, total: int) -> bool:
+    """Return whether a step writes more than its row of metrics."""
+    every = (config.statistics_every, config.validate_every, config.checkpoint_every)
+    is_snapshot = config.statistics_every > 0 and is_snapshot_step(step, total)
+    return is_snapshot or any(is_due(step, steps, total) for steps in every)
 
 
 def is_due(step: int, every: int, total: int) -> bool:

@@ -121,11 +121,14 @@ class TrainStep:
         """
         values = self._compute_gradients(batch, position, check)
         self._average.finish()
-        self.optimizer.step(rates)
+        # The last collective calls come before the update: none leaves a process half updated.
+        # Summed in the order of the batch, whoever computed which part.
+        values = self._mesh.gather_replicas(values).flatten(0, 1).sum(0)
         if (statistics := self._passes.take_statistics()) is not None:
-            self.net.update_running_stats(self._mesh.mean(statistics))
-        # In the order of the batch, whoever computed which part.
-        return self._mesh.gather_replicas(values).flatten(0, 1).sum(0)
+            statistics = self._mesh.mean(statistics)
+        self.optimizer.step(rates)
+        self.net.update_running_stats(statistics)
+        return values
 
     @torch.no_grad()
     def infer(self, images: Tensor) -> Tensor:

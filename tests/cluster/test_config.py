@@ -20,11 +20,11 @@ from cluster.config import (
     TYPES,
     Config,
     find_config,
-    format_toml,
     load_settings,
     read_run_config,
     suggest_setting,
 )
+from cluster.run.folder import format_toml
 from cluster.train import parse_command, resolve_paths
 from model.architecture import Design
 from pipeline.tools.errors import UsageError
@@ -239,8 +239,8 @@ def test_the_public_settings_are_these():
         "columns_per_worker", "microbatch", "exact", "device", "cuda_graph", "threads", "prefetch",
         "hw_decoder_load", "checkpoint_every", "keep",
         "keep_best", "store", "validate_every", "statistics_every", "max_failures", "node_wait",
-        "collective_timeout", "strict", "ledger", "tensorboard", "wandb", "mlflow", "cache",
-        "cache_size",
+        "spares", "collective_timeout", "strict", "ledger", "tensorboard", "wandb", "mlflow",
+        "cache", "cache_size",
     ]  # fmt: skip
 
 

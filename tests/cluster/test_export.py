@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster.checkpoint.format import load_checkpoint
-from cluster.config import Config, format_toml
+from cluster.config import Config
 from cluster.export import main
+from cluster.run.folder import format_toml
 from model.alexnet import AlexNet
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import identity

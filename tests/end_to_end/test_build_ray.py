@@ -55,7 +55,7 @@ def cluster() -> Iterator[SimpleNamespace]:
         try:
             others = [nodes.add_node(num_cpus=1) for _ in range(2)]
             patch.setenv("RAY_ADDRESS", nodes.address)
-            with ray_session(0, preload=False):
+            with ray_session(0):
                 # One driver for all tests: its workers need not start again for each.
                 patch.setattr(task_pool, "ray_session", lambda *_, **__: contextlib.nullcontext())
                 yield SimpleNamespace(

@@ -25,7 +25,7 @@ import torch
 from cluster import train
 from cluster.checkpoint.loader import pin_init
 from cluster.checkpoint.storage import find_last_step
-from cluster.config import Config, format_value, read_run_config
+from cluster.config import Config, read_run_config
 from cluster.launch.controller import count_interrupts
 from cluster.mesh import ProcessMesh
 from cluster.run.console import RunConsole
@@ -33,6 +33,7 @@ from cluster.run.folder import (
     CONFIG,
     METRICS,
     find_conflicts,
+    format_value,
     lock_leader,
     read_identity,
     write_machine,

@@ -176,7 +176,7 @@ def test_nothing_to_start_from_is_a_line(source, tmp_path):
 
 
 def test_an_init_of_before_holds_though_its_run_has_gone(tmp_path):
-    from cluster.config import format_toml
+    from cluster.run.folder import format_toml
 
     before = replace(CONFIG, init=f"{tmp_path}/gone/checkpoints/step-00000400")
     (tmp_path / "config.toml").write_text(format_toml(before, "x"))

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from cluster.checkpoint.writer import CheckpointManager
-from cluster.config import Config, format_toml
+from cluster.config import Config
 from cluster.experiments.evidence.__main__ import (
     choose_file,
     main,
@@ -24,7 +24,7 @@ from cluster.experiments.evidence.runs import Evidence
 from cluster.experiments.evidence.significance import compute_binomial_margin, compute_view_margins
 from cluster.mesh import ProcessMesh
 from cluster.report import kernels
-from cluster.run.folder import Mark
+from cluster.run.folder import Mark, format_toml
 from cluster.run.kernels import copy_first_kernels, encode_kernels
 from cluster.run.probabilities import ProbabilityInfo, open_writer, probability_path
 from model.alexnet import AlexNet

@@ -32,7 +32,7 @@ class FakeGroup(controller.WorkerGroup):
     def __init__(self, script: Script, placement: Placement) -> None:
         self.placement, self._script = placement, script
         self.started = self.ended = self.finished = False
-        self.failure = Failure()
+        self.failure, self.seconds, self._begun = Failure(), {}, 0.0
         self.is_stopping = False
         self.channel = SimpleNamespace(request_stop=self._stop)  # type: ignore[assignment]
 
@@ -123,7 +123,7 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fa
         monkeypatch.setattr(controller, "list_nodes", made.list_nodes)
         return made
 
-    monkeypatch.setattr(controller, "filter_reachable", lambda nodes: nodes)
+    monkeypatch.setattr(controller, "find_reachable", lambda: set("mno"))
     monkeypatch.setattr(controller, "find_draining_nodes", frozenset)
     monkeypatch.setattr(controller, "has_gpus", lambda: True)
     for name in ("ROOM_EVERY", "NODES_EVERY", "GROW_AFTER"):
@@ -203,6 +203,21 @@ def test_too_many_failures_without_a_new_checkpoint_end_a_run(cluster):
     with pytest.raises(DuetError, match="it died"):
         on.control(max_failures=2).train()
     assert on.starts == ["mm"] * 3
+
+
+def test_progress_from_memory_is_progress(cluster):
+    """A run that starts further on each time has no checkpoint, and does not fail."""
+
+    def die_at(step: int) -> Script:
+        def die(group: FakeGroup) -> Iterator[Event | None]:
+            yield from begin(group, step)
+            yield Failed("it died", "", "replica 0, column a", 1, False)
+
+        return die
+
+    on = cluster("m", [die_at(0), die_at(3), die_at(5), finish])
+    on.control(max_failures=1).train()
+    assert on.starts == ["mm"] * 4
 
 
 def test_ctrl_c_has_the_workers_save_and_ends_the_run(cluster, capsys):

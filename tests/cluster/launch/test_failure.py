@@ -16,20 +16,6 @@ from cluster.launch.placement import WorkerMemory, estimate_memory
 from cluster.run.events import Failed, Worker
 from pipeline.tools.errors import DataError
 
-
-class WorkerHealthCheckFailedError(Exception):
-    """Named like Ray Train's."""
-
-
-class GroupError(Exception):
-    """Has the fields of Ray Train's WorkerGroupError."""
-
-    def __init__(self, text: str, *gone: int) -> None:
-        super().__init__(text)
-        dead, torn = WorkerHealthCheckFailedError("gone"), RuntimeError("reset by peer")
-        self.worker_failures = {rank: dead if rank in gone else torn for rank in range(4)}
-
-
 WORKERS = tuple(
     Worker(rank, rank // 2, "ab"[rank % 2], f"node-{rank // 2}", None) for rank in range(4)
 )
@@ -41,7 +27,7 @@ def make_failed(text: str, final: bool, code: int = 1) -> Failed:
 
 
 def test_the_cause_is_told_not_what_it_led_to(tmp_path: Path):
-    failure = Failure(WORKERS, make_failed(NOISE, final=False), GroupError("both", 3))
+    failure = Failure(WORKERS, make_failed(NOISE, final=False), RuntimeError("both"), {3})
     assert failure.why.startswith("the worker of replica 1, column b (node node-1) died: killed")
     error = failure.build_error(tmp_path)
     assert str(error).startswith(f"{failure.why} (traceback in ")
@@ -52,14 +38,12 @@ def test_the_cause_is_told_not_what_it_led_to(tmp_path: Path):
 
 
 def test_several_deaths_are_counted():
-    assert "node-0) and 2 more died" in Failure(WORKERS, None, GroupError("all", 0, 2, 3)).why
-    assert Failure((), None, GroupError("early", 2)).why.startswith("the worker of rank 2 died")
+    assert "node-0) and 2 more died" in Failure(WORKERS, dead={0, 2, 3}).why
+    assert Failure(dead={2}).why.startswith("the worker of rank 2 died")
 
 
 def test_an_error_of_ours_keeps_its_exit_code(tmp_path: Path):
-    failure = Failure(
-        WORKERS, make_failed("shard x is damaged", final=True, code=4), GroupError("x", 1)
-    )
+    failure = Failure(WORKERS, make_failed("shard x is damaged", final=True, code=4), dead={1})
     assert failure.is_final
     error = failure.build_error(tmp_path)
     assert str(error).startswith("replica 0, column b: shard x is damaged (traceback in ")

@@ -78,12 +78,13 @@ def test_a_node_whose_torch_sees_no_gpu_is_named_with_the_reason(have, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv(worker.FAKE_GPUS, raising=False)
     placement = Placement(nodes=("m",), cpus=1, gpus=1, size=1)
+    member = worker.Membership(rank=0, size=1, gpu=0, visible="0")
     words = r"offers GPUs to Ray, but its torch .* here is 535"
     with pytest.raises(SetupError, match=words) as error:
-        worker._choose_device(placement)
+        worker._choose_device(placement, member)
     assert "make install CUDA=12, or use --device cpu" in str(error.value)
     monkeypatch.setenv(worker.FAKE_GPUS, "1")
-    assert worker._choose_device(placement) == torch.device("cpu")
+    assert worker._choose_device(placement, member) == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

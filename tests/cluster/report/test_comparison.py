@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import Config, format_toml, load_settings
+from cluster.config import Config, load_settings
 from cluster.report.comparison import MOST_RUNS
 from cluster.report.page import main
 from cluster.report.settings import describe_settings, list_differences, read_expected
+from cluster.run.folder import format_toml
 from pipeline.tools.charts import pick_series
 from pipeline.tools.errors import UsageError
 from tests.cluster.report.test_report import Page, metrics

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import Config, format_toml
+from cluster.config import Config
 from cluster.report.curves import draw_curves, draw_updates, list_rate_marks
 from cluster.report.page import render_page
 from cluster.report.records import read_records
 from cluster.report.tables import make_layer_table
+from cluster.run.folder import format_toml
 from model.architecture import Design
 from pipeline.tools.charts import MARGINS, PALETTE, SERIES
 

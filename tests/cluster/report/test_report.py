@@ -17,14 +17,14 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from cluster.checkpoint.writer import CheckpointManager
-from cluster.config import Config, format_toml, load_settings
+from cluster.config import Config, load_settings
 from cluster.mesh import ProcessMesh
 from cluster.report.curves import draw_curves
 from cluster.report.images import KERNEL_SCALE
 from cluster.report.page import write_report
 from cluster.report.records import read_records
 from cluster.report.tables import make_run_tiles, write_verdict
-from cluster.run.folder import Mark
+from cluster.run.folder import Mark, format_toml
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
 from pipeline.dataset.manifest import identity

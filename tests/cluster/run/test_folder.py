@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from cluster.config import Config, format_toml
+from cluster.config import Config
 from cluster.report.records import read_records
+from cluster.run.folder import format_toml
 from cluster.run.state import read_state
 from pipeline.tools.errors import SetupError, UsageError
 

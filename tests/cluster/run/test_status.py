@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.config import Config, format_toml
+from cluster.config import Config
 from cluster.report.records import read_records
 from cluster.report.tables import list_saved_checkpoints
+from cluster.run.folder import format_toml
 from cluster.run.state import read_state
 from cluster.run.sync import DRIVER_FILES, RunMirror
 from cluster.status import draw_sparkline, main, render

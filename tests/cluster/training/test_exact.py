@@ -104,7 +104,7 @@ def test_another_tree_is_seen_in_the_last_bits(runs: Path, tiny_data: Path, tmp_
 def test_a_run_stopped_at_borders_of_epochs_delivers_each_sample_once(
     runs: Path, tiny_data: Path
 ) -> None:
-    """In the third epoch, with another number of workers, too."""
+    """The third epoch had another number of workers."""
     proof = prove(tiny_data, [runs / "borders"])
     assert proof.findings == ()
     assert proof.summary().startswith("epochs 0-2 exactly once (3 x 48 samples)")
@@ -161,7 +161,7 @@ def test_a_column_that_fails_is_named_by_its_own_error_and_both_go_on() -> None:
 
 
 def test_columns_are_updated_with_the_bits_that_they_get_alone() -> None:
-    """Where the first column ends, the vectors of the processor do not."""
+    """The processor computes in vectors, and the first column ends within one."""
     pieces = torch.randn(2, 13, generator=torch.Generator().manual_seed(0))
     gradients = torch.randn(2, 13, generator=torch.Generator().manual_seed(1))
 

@@ -1,0 +1,203 @@
+"""State of a training in the memory of the workers that outlive another: no step is made twice.
+
+Replicas hold the same weights and velocities. When one is lost, another hands them to its
+successor, with the position and the row of the last step, and the checkpoint on the disk, some
+steps older, is not needed. Nothing is copied while training goes well.
+
+    memory.hold(...)            when a training begins
+    memory.keep(mark, ...)      after each step
+    memory.offer(run)           after a failure: step, position, hash of each column
+    choose_offer(offers, ...)   the newest state of which every column is there
+    receive_columns(...)        to the processes that lack it
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from isal import isal_zlib
+
+from cluster.run.folder import Mark
+from pipeline.tools.errors import DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cluster.mesh import ProcessMesh
+    from model.alexnet import AlexNet
+    from model.optimizer import Sgd2012
+
+State = dict[str, "Tensor"]
+"""Tensors of columns by the keys of `format.collect_state`."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Offer:
+    """State that a process has in memory."""
+
+    mark: Mark
+    hashes: dict[int, int]
+    """CRC-32 of the state of each column that it holds."""
+    row: Row | None
+    """Row of the step in metrics.jsonl."""
+    is_whole: bool
+    """True if the step wrote no other row, or all of them are written."""
+
+
+class Memory:
+    """State of a process after its last step; outlives the training that made it.
+
+    It holds tensors, and nothing that would keep a process group from being closed: the others
+    notice a failure by that.
+    """
+
+    def __init__(self) -> None:
+        self.rows: deque[Row] = deque(maxlen=1)
+        """The last row of this process; `MetricsLog` adds them."""
+        self._run, self._mark, self._is_whole, self._updates = "", Mark(), False, 0
+        self._state: State = {}
+        self._optimizer: Sgd2012 | None = None
+
+    def hold(self, run: str, net: AlexNet, optimizer: Sgd2012, mark: Mark) -> None:
+        """Hold the state of a training that has been loaded.
+
+        Args:
+            run: name of the run.
+            net, optimizer: have weights and velocities.
+            mark: step of the state.
+        """
+        self._run, self._optimizer = run, optimizer
+        both = (("weights", net.values()), ("velocity", optimizer.velocities))
+        self._state = {
+            f"{prefix}/{key}": view
+            for prefix, tensors in both
+            for key, view in net.view_columns(tensors)
+        }
+        self.rows.clear()
+        self.keep(mark, is_whole=True)
+
+    def keep(self, mark: Mark, is_whole: bool) -> None:
+        """Note that the weights are those after a step.
+
+        Args:
+            mark: the step.
+            is_whole: whether its row in metrics.jsonl is all that it writes, or all is written.
+        """
+        if self._optimizer is not None:
+            self._mark, self._is_whole, self._updates = mark, is_whole, self._optimizer.updates
+
+    def collect(self) -> State:
+        """Return the tensors that are held, not copies."""
+        return self._state
+
+    def offer(self, run: str) -> Offer | None:
+        """Return what other processes may have; None: nothing, or an update was broken off."""
+        if self._optimizer is None or not self._mark.step or self._run != run:
+            return None
+        if self._updates != self._optimizer.updates:
+            return None
+        columns = sorted({find_column(key) for key in self._state})
+        hashes = {column: hash_state(select_column(self._state, column)) for column in columns}
+        return Offer(self._mark, hashes, self.rows[-1] if self.rows else None, self._is_whole)
+
+
+def find_column(key: str) -> int:
+    """Return the column of a tensor by its key, as in "weights/b.conv1.weight"."""
+    return "ab".index(key.split("/")[1][0])
+
+
+def select_column(state: Mapping[str, Tensor], column: int) -> State:
+    """Return the tensors of a column, in the order of their keys."""
+    return {key: state[key] for key in sorted(state) if find_column(key) == column}
+
+
+def hash_state(state: Mapping[str, Tensor]) -> int:
+    """Return the CRC-32 of the bytes of tensors on the host."""
+    value = 0
+    for tensor in state.values():
+        dense = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        value = isal_zlib.crc32(dense.numpy(), value)
+    return value
+
+
+def choose_offer(
+    offers: Sequence[Offer | None], columns: Iterable[int], written: int, saved: int
+) -> tuple[Offer | None, str]:
+    """Choose the newest state that some processes hold together.
+
+    Args:
+        offers: of each process.
+        columns: columns of the network.
+        written: step of the last row in metrics.jsonl.
+        saved: step of the newest checkpoint.
+
+    Returns:
+        An offer of that state (None: the checkpoint is to be taken), and why not; "" if there is
+        nothing to say.
+    """
+    there = [offer for offer in offers if offer is not None]
+    if not there:
+        return None, ""
+    why = ""
+    for step in sorted({offer.mark.step for offer in there}, reverse=True):
+        same = [offer for offer in there if offer.mark.step == step]
+        if step < saved:
+            return None, why or f"that of step {step} is older"
+        held = [{o.hashes[one] for o in same if one in o.hashes} for one in columns]
+        if not all(held):
+            continue  # of another replica that was further, or behind
+        if any(len(hashes) > 1 for hashes in held):
+            why = why or f"workers differ in that of step {step}"
+        elif not any(offer.is_whole for offer in same):
+            why = why or f"a row of step {step} may be missing"
+        elif written < step - any(o.row and o.row["step"] == step for o in same):
+            why = why or f"the row of step {written + 1} is missing"
+        else:
+            return max(same, key=lambda o: bool(o.row and o.row["step"] == step)), ""
+    return None, why
+
+
+def receive_columns(
+    offers: Sequence[Offer | None], mark: Mark, own: State, mesh: ProcessMesh, wanted: State
+) -> State:
+    """Return this process's columns of a state; a collective call.
+
+    Args:
+        offers: of each process, in job order.
+        mark: step of the state.
+        own: what this process holds; {} if it has made no offer.
+        mesh: mesh of this process.
+        wanted: tensors of the network to fill, for keys, shapes and dtypes.
+
+    Raises:
+        DataError: what has arrived is not what was sent.
+    """
+    needs = mesh.gather(sorted({find_column(key) for key in wanted}))
+    found: State = {}
+    for column in sorted({column for needed in needs for column in needed}):
+        holds = [o is not None and o.mark == mark and column in o.hashes for o in offers]
+        source = holds.index(True)
+        expected = offers[source].hashes[column]  # type: ignore[union-attr]
+        for place, needed in enumerate(needs):
+            if holds[place] or column not in needed:
+                continue
+            if mesh.rank == source:
+                for tensor in select_column(own, column).values():
+                    dist.send(tensor.detach().contiguous(), mesh.order[place])
+            elif mesh.rank == place:
+                state = {k: torch.empty_like(t) for k, t in select_column(wanted, column).items()}
+                for key, tensor in state.items():
+                    state[key] = tensor.contiguous()
+                    dist.recv(state[key], mesh.order[source])
+                if hash_state(state) != expected:
+                    raise DataError(f"column {'ab'[column]} of step {mark.step} arrived damaged")
+                found |= state
+        if holds[mesh.rank] and column in needs[mesh.rank]:
+            found |= select_column(own, column)
+    return found
