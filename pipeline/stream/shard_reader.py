@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from threading import RLock
 from time import perf_counter
 from typing import NamedTuple
@@ -359,15 +360,15 @@ class ShardReader:
     def _open_texts(self, kind: TextKind) -> TextTable | None:
         """Map a table of texts at its first use; None if the split has none."""
         if kind not in self._texts:
-            names = [f"{self.split}.{name}" for name in text_files(kind)]
-            there = all((self._dataset.folder / name).is_file() for name in names)
-            if text_files(kind)[0] in self._tables and not self._finalizer.alive and not there:
+            if text_files(kind)[0] not in self._tables:
+                return None
+            files = [self._dataset.folder / f"{self.split}.{name}" for name in text_files(kind)]
+            is_remote = not isinstance(self._dataset, LocalDataset)
+            if is_remote and not self._finalizer.alive and not all(map(Path.is_file, files)):
                 raise UsageError(
                     f"{kind} of a set in a store are looked up while its stream is open; ask for "
                     f"batch.{kind} before it is closed"
                 )
-            if text_files(kind)[0] not in self._tables:
-                return None
             for name in text_files(kind):
                 self._dataset.fetch_table(f"{self.split}.{name}", self._tables[name])
             self._texts[kind] = TextTable(self._dataset.folder, self.split, kind, len(self))
