@@ -82,8 +82,8 @@ class BuildConfig(Options):
     """Endings of masks, PNGs of one channel and 8 bits as large as their image (seg.png): carried
     along, cut with it, and resampled to the nearest pixel."""
     labels: bool = True
-    """Whether the images have classes. Without, SRC is a folder, tars or parquet files of images,
-    and the set has no classes: a stream gives each the label -1."""
+    """Classes of the images. With --no-labels, SRC is a folder, tars or parquet files of images, and
+    the set has no classes: a stream gives each image the label -1."""
     min_side: int = 8
     """Images with a side shorter than this many pixels are skipped."""
     max_rejects: float = 0.001

@@ -66,7 +66,7 @@ class Damage(NamedTuple):
 
     @property
     def remedy(self) -> str:
-        """What to do about it."""
+        """Way out, in a few words."""
         if UNUSABLE in self.reason:
             return "its bytes are as they were packed; mend it at its source"
         return "duet verify lists all damage"

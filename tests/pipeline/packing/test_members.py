@@ -42,7 +42,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What brings an image of each EXIF orientation upright, in Pillow's names (`exif_transpose`)."""
+"""Turn that brings an image of each EXIF orientation upright, in Pillow's names."""
 
 
 def make_values(sample: int) -> np.ndarray:
