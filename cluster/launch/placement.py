@@ -398,6 +398,16 @@ def get_node_name(identity: str = "") -> str:
     return name_nodes(ray.nodes()).get(identity, identity[:12])
 
 
+def find_lost_nodes(placement: Placement) -> frozenset[str]:
+    """Return the names of the nodes of a placement that Ray counts as dead."""
+    import ray
+
+    nodes = ray.nodes()
+    names = name_nodes(nodes)
+    dead = {node["NodeID"] for node in nodes if not node["Alive"]}
+    return frozenset(names[node] for node in dead & set(placement.nodes))
+
+
 def describe_holders() -> str:
     """Return which jobs hold resources of the cluster; "" if none does, or it cannot be told."""
     from ray._private.state import jobs

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.mesh import ProcessMesh
+from model.timing import Stopwatch
 
 # A gradient of at least so many bytes is a message of its own, reduced in place; smaller ones are
 # copied together until they are as large. In the full network fc6 alone is 75 MB of a column's 114:
@@ -54,7 +55,9 @@ class GradientAverage:
     def __init__(
         self, net: nn.Module, mesh: ProcessMesh, message_bytes: int = MESSAGE_BYTES
     ) -> None:
-        self._peers, self._replicas = mesh.peers, mesh.replicas
+        self._peers, self._replicas, self._device = mesh.peers, mesh.replicas, mesh.device
+        self.waits = Stopwatch()
+        """Spans that an update waited for the other replicas or the network."""
         parameters = [p for p in reversed(list(net.parameters())) if p.requires_grad]
         self._messages = _group_parameters(parameters, message_bytes) if self._peers else []
         self._of = {p: message for message in self._messages for p in message.parameters}
@@ -92,8 +95,10 @@ class GradientAverage:
         """
         for message in self._messages[self._next :]:
             message.start(self._peers)
-        for message in self._messages:
-            message.finish(self._replicas)
+        if self._messages:
+            with self.waits.running(self._device):
+                for message in self._messages:
+                    message.finish(self._replicas)
         self._next = 0
 
     def close(self) -> None:
