@@ -242,6 +242,14 @@ def wait_for_steps(run: Path, count: int, seconds: float = 60) -> None:
         time.sleep(0.1)
 
 
+def test_what_holds_the_room_is_named(hosts, training, config, tiny_data, tmp_path):
+    words = (config, "--data", tiny_data, "--run", tmp_path / "run", "--batch-size", 12)
+    one = hosts.train(*words, "--replicas", 3)
+    assert one.end() == 3
+    (error,) = (line for line in one.lines if line.startswith("error: "))
+    assert re.search(rf"; in use are 4 CPUs by job \w+ \(process \d+ on {HEAD}\)$", error), error
+
+
 def test_a_partition_that_heals_costs_no_restart(hosts, training):
     _, run = training
     victim = find_victim(hosts, run)
