@@ -38,9 +38,9 @@ def test_the_cause_is_told_not_what_it_led_to(tmp_path: Path):
 
 
 def test_workers_that_died_with_their_node_were_not_killed():
-    failure = Failure(WORKERS, None, GroupError("both", 2, 3), gone=frozenset({"node-1", "other"}))
+    failure = Failure(WORKERS, dead={2, 3}, gone=frozenset({"node-1", "other"}))
     assert failure.why == "lost node node-1: it is gone, or its network is cut"
-    failure.raised = GroupError("one", 0)
+    failure.dead = {0}
     assert "died: killed, or out of memory" in failure.why
 
 
