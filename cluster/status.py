@@ -164,6 +164,9 @@ def _format_waiting(last: dict[str, Any]) -> str:
     parts = [f"{last['data_wait']:.1%} of a step for data{cause}"]
     if last.get("exchange"):
         parts.append(f"{last['exchange'] / last['seconds']:.1%} for the other column")
+    if last.get("reduce"):
+        share = last["reduce"] / last["seconds"]
+        parts.append(f"{share:.1%} for the gradients of other replicas")
     if "stall" in last:
         parts.append(f"{last['stall']:.1%} of all time for data or a save")
     return ", ".join(parts)

@@ -277,10 +277,16 @@ def check_data(command: TrainOptions, manifest: Manifest, dataset: Dataset) -> N
     """Check the data set and settings, which the workers would refuse half a minute later.
 
     Raises:
-        UsageError: there are no validation images, some are too small, or the network cannot be.
+        UsageError: there are no classes or no validation images, some are too small, or the network
+            cannot be.
         DataError: a file of the data set is missing or damaged.
         SetupError: a package is missing.
     """
+    if not manifest.classes:
+        raise UsageError(
+            f"data set {command.data} has no classes to train for: it was built with --no-labels; "
+            "build it from images with labels"
+        )
     if command.settings.validate_every and "val" not in manifest.splits:
         raise UsageError(
             f"data set {command.data} has no split 'val'; build it with --val or --holdout, "

@@ -51,8 +51,8 @@ class Batch:
     """[b, 3, height, width] on the device: RGB, grey levels 0..255 minus the mean and the sample's
     colour shift, divided by `std`; 224x224 float32 (on a GPU float16) unless settings say other."""
     labels: torch.Tensor
-    """int64 [b], on the device: indices in the manifest's class list; with labels of your own,
-    rows of those, [b] or [b, k]."""
+    """int64 [b], on the device: indices in the manifest's class list, -1 in a set without classes;
+    with labels of your own, rows of those, [b] or [b, k]."""
     weights: torch.Tensor
     """float32 [b], on the device: loss weight, 0 for padding and for replaced samples of an
     evaluation, else 1."""
@@ -228,8 +228,9 @@ class Stream:
 
     def __repr__(self) -> str:
         config, (height, width) = self._reader.config, self._reader.config.image_size
+        classes = len(self.classes) or "no"
         return (
-            f"Stream({config.split}: {self.samples:,} samples of {len(self.classes)} classes, "
+            f"Stream({config.split}: {self.samples:,} samples of {classes} classes, "
             f"{config.crop} {height}x{width} {config.pixel_dtype} on {config.device}, batch "
             f"{config.batch_size}, rank {config.rank} of {config.world_size}, "
             f"position {self._position:,})"

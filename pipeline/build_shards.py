@@ -2,11 +2,12 @@
 
     python -m pipeline.build_shards OUT --train SRC [--val SRC | --holdout 0.1]
 
-The kind of `SRC` is detected; see `pipeline.sources`. Every image is cut to 256x256, shuffled over
-its whole split by the seed, and packed: as a JPEG, or with `--encoding raw` as its pixels, which
-need no decoding and about six times the space. Images that cannot be read are skipped, counted, and
-listed in OUT/rejects.jsonl; too many of them, and the build fails. A killed build resumes when the
-same command is run again; on a finished set the command does nothing.
+The kind of `SRC` is detected; see `pipeline.sources`. Every image is brought to its size (256x256
+unless `--size` and `--fit` say other), shuffled over its whole split by the seed, and packed: as a
+JPEG, or with `--encoding raw` as its pixels, which need no decoding and about six times the space.
+Other members of its sample are packed with it (`--fields`, `--masks`). Images that cannot be read
+are skipped, counted, and listed in OUT/rejects.jsonl; too many of them, and the build fails. A
+killed build resumes when the same command is run again; on a finished set the command does nothing.
 While packing, OUT takes twice the room of the finished set.
 """
 
@@ -66,10 +67,11 @@ def summary_lines(options: BuildConfig, manifest: Manifest, seconds: float | Non
     out = options.out
     size = human_bytes(sum(split.bytes for split in manifest.splits.values()))
     parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
+    classes = f"{len(manifest.classes):,}" if manifest.classes else "no"
     skipped = f", {manifest.rejected:,} skipped ({out}/{REJECTS})" if manifest.rejected else ""
     time_taken = "built before" if seconds is None else f"{seconds:.0f} s"
     yield (
-        f"data set {out}: {parts} images of {len(manifest.classes):,} classes{skipped}, "
+        f"data set {out}: {parts} images of {classes} classes{skipped}, "
         f"{size} of {manifest.encoding} shards, {time_taken}"
     )
     if manifest.duplicates:

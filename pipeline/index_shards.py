@@ -468,7 +468,7 @@ def main(argv: list[str] | None = None) -> int:
     if (more := len(outcome.bad) - BAD_SHOWN) > 0:
         sys.stderr.write(f"... and {more:,} more\n")
     if (manifest := outcome.manifest) is None:
-        raise DataError(_describe_failure(config.folder, outcome))
+        raise DataError(_describe_failure(config, outcome))
     parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
     skipped = f", {manifest.rejected:,} skipped ({REJECTS})" if manifest.rejected else ""
     unused = ""
@@ -500,14 +500,15 @@ def _index_facts(folder: str, outcome: IndexOutcome, seconds: float) -> dict[str
     return facts
 
 
-def _describe_failure(folder: str, outcome: IndexOutcome) -> str:
+def _describe_failure(config: IndexConfig, outcome: IndexOutcome) -> str:
+    folder, fields = config.folder, " ".join(config.fields)
     if any(not bad.key for bad in outcome.bad):
         return f"{folder} cannot be indexed, nothing was written; mend or move what is named above"
     what = "sample" if len(outcome.bad) == 1 else "samples"
     return (
         f"{len(outcome.bad):,} {what} of {folder} cannot be trained from as they are, and nothing "
         f"was written; most often: {_summarize(outcome.bad)}; {outcome.rest} repack with "
-        f"`duet build-shards OUT --train {folder}`"
+        f"`duet build-shards OUT --train {folder}{f' --fields {fields}' if fields else ''}`"
     )
 
 

@@ -74,6 +74,16 @@ class BuildConfig(Options):
     uses its accurate cosine transform: 39.2 dB where 95 has 38.6 and 90 has 36.4."""
     chroma: Chroma = "4:2:0"
     """Colour of stored JPEGs at half resolution, or at full; only for --encoding jpeg."""
+    fields: tuple[str, ...] = ()
+    """Endings of other members of each sample to carry along byte for byte (json, txt, depth.png):
+    members of the sample in shards, files of the image's name beside it in folders, columns of
+    parquet files. A sample that lacks one is skipped as an image that cannot be read."""
+    masks: tuple[str, ...] = ()
+    """Endings of masks, PNGs of one channel and 8 bits as large as their image (seg.png): carried
+    along, cut with it, and resampled to the nearest pixel."""
+    labels: bool = True
+    """Classes of the images. With --no-labels, SRC is a folder, tars or parquet files of images, and
+    the set has no classes: a stream gives each image the label -1."""
     min_side: int = 8
     """Images with a side shorter than this many pixels are skipped."""
     max_rejects: float = 0.001
@@ -109,12 +119,37 @@ class BuildConfig(Options):
             raise UsageError("--val and --holdout exclude each other; give one of them")
         if self.val is None and self.val_labels is not None:
             raise UsageError("--val-labels goes with --val; name the validation images too")
+        if not self.labels and self.val_labels is not None:
+            raise UsageError("--val-labels names labels, and --no-labels has none; leave one out")
+        self._check_members()
         self._refuse_out_in_source()
 
     @property
-    def mean_side(self) -> int:
-        """Height and width in pixels of the mean image: 256 where images differ in size."""
-        return self.size if self.fit == "square" else BuildConfig.size
+    def members(self) -> tuple[str, ...]:
+        """Endings of the members that are stored with each image."""
+        return (*self.fields, *self.masks)
+
+    def _check_members(self) -> None:
+        from pipeline.dataset.samples import JPEG_ENDINGS, is_field
+
+        taken = {*JPEG_ENDINGS, "npy"} if self.encoding == "raw" else {*JPEG_ENDINGS}
+        for flag, names in (("--fields", self.fields), ("--masks", self.masks)):
+            for name in names:
+                if not is_field(name):
+                    raise UsageError(f"{flag} {name} is no ending in small letters, as seg.png")
+                if name in taken:
+                    raise UsageError(
+                        f"{flag} {name} is the ending of the image itself; leave it out"
+                    )
+                if name == "cls" and self.labels:
+                    raise UsageError(
+                        f"{flag} cls is the label, which each sample has; leave it out, or give "
+                        "--no-labels to carry it as a field"
+                    )
+        if twice := [name for name in self.members if self.members.count(name) > 1]:
+            raise UsageError(f"--fields and --masks have {twice[0]} twice; name it once")
+        if wrong := [name for name in self.masks if not f".{name}".endswith(".png")]:
+            raise UsageError(f"--masks {wrong[0]}: a mask is a PNG, as seg.png")
 
     def _refuse_out_in_source(self) -> None:
         from pipeline.remote.filesystem import is_remote, local_path

@@ -33,6 +33,7 @@ from pipeline.dataset.check import (
 )
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.members import list_fields
 from pipeline.dataset.samples import Classes
 from pipeline.dataset.tar import escape
 from pipeline.options import Verify
@@ -134,6 +135,7 @@ def _list_jobs(
                 manifest=facts,
                 decode=decode,
                 tables=sound.get(name, ()),
+                fields=tuple(list_fields(split.tables)),
             )
 
 

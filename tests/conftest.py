@@ -39,7 +39,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 STARTING_RAYS = (
     "test_ray_cluster.py", "test_ray.py", "test_ray_job.py", "test_build_ray.py",
-    "test_build_ray_command.py", "test_ray_example.py",
+    "test_build_ray_command.py", "test_ray_example.py", "test_hosts.py",
 )  # fmt: skip
 
 # Ray's workers give way to whoever wants the processor: here, to the tests beside them.

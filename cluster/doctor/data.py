@@ -255,6 +255,10 @@ class DatasetCheck:
             sizes = "" if is_remote(self.data) else ", each of its size"
             text = f"{counts}; {self.classes} classes; {shards} shards{sizes}"
             yield ok("data", f"{text} (duet verify reads every byte)")
+            if not manifest.classes:
+                text = "it has no classes to train for"
+                yield fail("classes", text, "duet build-shards OUT --train SRC, with labels")
+                return
             if "train" not in splits:
                 text = f"no train; there are {', '.join(splits)}"
                 yield fail("splits", text, "duet build-shards OUT --train SRC")

@@ -107,14 +107,17 @@ def ask_nodes(request: dict[str, Any]) -> list[dict[str, Any]]:
     from ray import cloudpickle
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    from cluster.launch.placement import name_nodes
+
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # nodes may lack this repository
     task = ray.remote(num_cpus=0, max_retries=0)(look)
-    pending, nodes = [], []
-    for node in ray.nodes():
+    pending, nodes, known = [], [], ray.nodes()
+    names = name_nodes(known)
+    for node in known:
         if node["Alive"]:
             where = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             gpus = int(node["Resources"].get("GPU", 0))
-            name = node["NodeManagerHostname"]
+            name = names[node["NodeID"]]
             nodes.append({"id": node["NodeID"], "name": name, "gpus": gpus})
             pending.append(task.options(scheduling_strategy=where).remote(request))
     done, _ = ray.wait(pending, num_returns=len(pending), timeout=NODE_SECONDS)

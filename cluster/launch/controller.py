@@ -33,6 +33,7 @@ from cluster.launch.placement import (
     describe_holders,
     describe_layout,
     find_draining_nodes,
+    find_lost_nodes,
     find_reachable,
     get_node_name,
     has_gpus,
@@ -430,6 +431,7 @@ class WorkerGroup:
 
         if isinstance(error, RayActorError):
             self.failure.dead.add(rank)
+            self.failure.gone |= find_lost_nodes(self.placement)
         self.failure.raised = self.failure.raised or error
         self._workers.drop(rank)
 

@@ -198,11 +198,18 @@ class Failure:
     """Error that Ray raised, or a worker of which no event came."""
     dead: set[int] = field(default_factory=set)
     """Ranks of the workers that died."""
+    gone: frozenset[str] = frozenset()
+    """Names of the nodes that Ray has lost since the start."""
 
     @property
     def deaths(self) -> list[str]:
         """Names of the workers that died without an error of their own."""
         return [self._name_worker(rank) for rank in sorted(self.dead)]
+
+    def _find_lost_nodes(self) -> list[str]:
+        """Return the nodes that are gone with workers that died."""
+        nodes = {worker.node: None for worker in self.workers if worker.rank in self.dead}
+        return [node for node in nodes if node in self.gone]
 
     def _name_worker(self, rank: int) -> str:
         for worker in self.workers:
@@ -221,6 +228,8 @@ class Failure:
         """The cause in a line; errors of workers that lost a dead one are consequences."""
         if self.event is not None and (self.event.final or not self.deaths):
             return f"{self.event.worker}: {self.event.text}"
+        if lost := self._find_lost_nodes():
+            return f"lost node {' and node '.join(lost)}: it is gone, or its network is cut"
         if self.deaths:
             others = f" and {len(self.deaths) - 1} more" if len(self.deaths) > 1 else ""
             return f"the worker of {self.deaths[0]}{others} died: killed, or out of memory"

@@ -29,6 +29,7 @@ from pipeline.tools.files import atomic_write
 
 NAMES = {
     "compute": "compute", "exchange": "waiting for the other column",
+    "reduce": "waiting for other replicas",
     "wait_storage": "waiting for storage", "wait_feed": "waiting for the feed",
     "wait_decode": "waiting for decoding", "wait_transfer": "waiting for the transfer",
 }  # fmt: skip
@@ -77,7 +78,7 @@ def split_step(found: Mapping[str, Any]) -> dict[str, float]:
     parts, wall = found["step"]["parts"], found["step"]["wall"]
     alone = min(parts["compute"], found["replayed"]["parts"]["compute"])
     named = {"compute": alone, "compute, slowed by the stream": parts["compute"] - alone}
-    named |= {NAMES[name]: parts[name] for name in ("exchange", *WAITS)}
+    named |= {NAMES[name]: parts[name] for name in ("exchange", "reduce", *WAITS)}
     return named | {"bookkeeping": max(0.0, wall - sum(parts.values()))}
 
 

@@ -400,23 +400,33 @@ def get_node_name(identity: str = "") -> str:
     return name_nodes(ray.nodes()).get(identity, identity[:12])
 
 
+def find_lost_nodes(placement: Placement) -> frozenset[str]:
+    """Return the names of the nodes of a placement that Ray counts as dead."""
+    import ray
+
+    nodes = ray.nodes()
+    names = name_nodes(nodes)
+    dead = {node["NodeID"] for node in nodes if not node["Alive"]}
+    return frozenset(names[node] for node in dead & set(placement.nodes))
+
+
 def describe_holders() -> str:
-    """Return which jobs hold resources of the cluster; "" if none does, or it cannot be told."""
+    """Return which jobs hold room for workers on the cluster; "" if none does."""
     from ray._private.state import jobs
     from ray.util import placement_group_table
 
     drivers = {job["JobID"]: job for job in jobs()}
     held: dict[str, Counter[str]] = {}
     for identity, group in placement_group_table().items():
-        if group["state"] != "REMOVED":
+        if group["state"] == "CREATED":
             # The id of what a job has made ends with the job's own.
             job = next((name for name in drivers if identity.endswith(name)), "unknown")
             for bundle in group["bundles"].values():
                 held.setdefault(job, Counter()).update(bundle)
     parts = []
     for job, resources in held.items():
-        what = " and ".join(f"{resources[k]:g} {k}s" for k in ("CPU", "GPU") if resources[k])
         driver = drivers.get(job, {})
+        what = " and ".join(f"{resources[k]:g} {k}s" for k in ("CPU", "GPU") if resources[k])
         pid, address = driver.get("DriverPid"), driver.get("DriverIPAddress")
         parts.append(f"{what} by job {job}" + f" (process {pid} on {address})" * bool(driver))
     return "; ".join(parts)

@@ -10,6 +10,7 @@ Only the functions that a worker calls import torch: the driver does without its
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import socket
@@ -144,10 +145,24 @@ def find_endpoint() -> Endpoint:
         raise SetupError(f"node {name} has {error}; unset it there, or name one of these") from None
 
 
-def open_door(address: str, count: int) -> tuple[str, int]:
-    """Listen for `count` connections; returns address and port."""
+def listen(address: str, count: int) -> socket.socket:
+    """Listen at an address of this node for `count` connections, at a free port.
+
+    A node behind a translation of addresses does not have the one by which others know it: there
+    it is every address of the node.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    _doors[:] = [socket.create_server((address, 0), family=family, backlog=count)]
+    try:
+        return socket.create_server((address, 0), family=family, backlog=count)
+    except OSError as error:
+        if error.errno != errno.EADDRNOTAVAIL:
+            raise
+        return socket.create_server(("", 0), family=family, backlog=count)
+
+
+def open_door(address: str, count: int) -> tuple[str, int]:
+    """Listen for `count` connections until `close_door`; returns address and port."""
+    _doors[:] = [listen(address, count)]
     return address, int(_doors[0].getsockname()[1])
 
 
@@ -175,8 +190,7 @@ def start_store(address: str, size: int, timeout_s: int) -> int:
     """Start a store for `size` workers in this process; returns its port."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.create_server((address, 0), family=family, backlog=size) as listening:
+    with listen(address, size) as listening:
         port = int(listening.getsockname()[1])
         store = TCPStore(
             address, port, size, is_master=True, wait_for_workers=False,

@@ -25,6 +25,10 @@ GAUGES = {
     "compute": ("duet_compute_seconds", "Seconds of a step spent computing."),
     "stall": ("duet_stall_ratio", "Share of the time spent waiting for data or a checkpoint."),
     "exchange": ("duet_exchange_seconds", "Seconds of a step spent waiting for the other column."),
+    "reduce": (
+        "duet_reduce_seconds",
+        "Seconds of a step spent waiting for the gradients of other replicas.",
+    ),
     "exchange_bytes": ("duet_exchange_bytes", "Bytes sent to the other column in a step."),
     "saving": ("duet_saving_seconds", "Seconds that training stood still for a checkpoint."),
     "seconds": ("duet_step_seconds", "Seconds of a step."),

@@ -33,7 +33,7 @@ PUBLISH_EVERY = 1.0
 """Seconds between calls of the publishers, and between looks at the memory in use."""
 MEANS = (
     "loss", "top1_error", "img_s", "data_wait", *WAITS, "compute", "stall", "exchange",
-    "exchange_bytes", "saving", "seconds",
+    "exchange_bytes", "reduce", "saving", "seconds",
 )  # fmt: skip
 RESULTS = ("loss", "top1_error", "top5_error")
 
@@ -55,6 +55,8 @@ class _Pending:
     """The other column was not ready."""
     sent: int
     """Bytes sent to the other column."""
+    reduced: list[Span]
+    """The sums of gradients over the replicas were not ready."""
     waits: WaitTimes
     """Seconds that the host waited for the stream, by cause."""
     host_waited: float
@@ -105,6 +107,8 @@ class MetricsLog:
         self._memory: int | None = None
         self._looked = -PUBLISH_EVERY
         self._exchange: Exchange | None = None
+        self.reducing = Stopwatch()
+        """Spans of `computing` that an update waited for the gradients of other replicas."""
         self._start = mark_time(mesh.device)
 
     @contextmanager
@@ -118,7 +122,7 @@ class MetricsLog:
 
     @contextmanager
     def computing(self) -> Iterator[None]:
-        """Count the block as computing, except its waits for the other column."""
+        """Count the block as computing, except its waits for the other column and replicas."""
         with self._computing.running(self._mesh.device):
             yield
 
@@ -171,6 +175,7 @@ class MetricsLog:
             computed=self._computing.take(),
             exchanged=self._exchanged + _take_waits(exchange),
             sent=sent - self._sent,
+            reduced=self.reducing.take(),
             waits=self._waits,
             host_waited=self._host_waited,
             saved=self._saved,
@@ -207,6 +212,7 @@ class MetricsLog:
         loss, top1_error, replaced = (round(value, 6) for value in step.values.read())
         seconds, saved = sum_seconds([(step.start, step.end)]), step.saved
         waited, exchanged = sum_seconds(step.waited), sum_seconds(step.exchanged)
+        reduced = sum_seconds(step.reduced)
         return self._begin_row(step.mark) | {
             "loss": loss,
             "top1_error": top1_error,
@@ -216,10 +222,11 @@ class MetricsLog:
             "img_s": round(step.batch_size / seconds, 2),
             "data_wait": round(waited / seconds, 4),
             **split_wait(waited, step.waits, step.host_waited),
-            "compute": round(sum_seconds(step.computed) - exchanged, 5),
+            "compute": round(sum_seconds(step.computed) - exchanged - reduced, 5),
             "stall": round((waited + saved) / (seconds + saved), 4),
             "exchange": round(exchanged, 5),
             "exchange_bytes": step.sent,
+            "reduce": round(reduced, 5),
             "saving": round(saved, 5),
             "seconds": round(seconds, 5),
             "replicas": self._mesh.replicas,

@@ -28,7 +28,8 @@ AGAIN = 600.0
 RECENT = 50
 """Number of rows whose means are shown."""
 MEANS = (
-    "loss", "top1_error", "img_s", "data_wait", *WAITS, "stall", "exchange", "saving", "seconds",
+    "loss", "top1_error", "img_s", "data_wait", *WAITS, "stall", "exchange", "reduce", "saving",
+    "seconds",
 )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ SCALARS = {
     "data_wait": "speed/data_wait",
     "stall": "speed/stall",
     "exchange": "speed/exchange_s",
+    "reduce": "speed/reduce_s",
     "replicas": "speed/replicas",
     "validation_loss": "validation/loss",
     "validation_top1_error": "validation/top1_error",

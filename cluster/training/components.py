@@ -113,6 +113,7 @@ def prepare_training(
         log = parts.enter_context(
             MetricsLog(run, mesh, tell, samples, mark.step, publish, keep=memory.rows)
         )
+        log.reducing = train_step.waits
         # Rows are on disk, and in the store, before a checkpoint of their step counts.
         checkpoints.before = log.sync
         if mesh.device.type == "cpu":  # a GPU computes on after a failure, with what did not come

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cluster.mesh import ProcessMesh
+from model.timing import Stopwatch
 
 # A gradient of at least so many bytes is a message of its own, reduced in place; smaller ones are
 # copied together until they are as large. In the full network fc6 alone is 75 MB of a column's 114:
@@ -62,6 +63,8 @@ class GradientAverage:
         self, net: nn.Module, mesh: ProcessMesh, message_bytes: int = MESSAGE_BYTES
     ) -> None:
         self._mesh = mesh
+        self.waits = Stopwatch()
+        """Spans that an update waited for the other replicas or the network."""
         parameters = [p for p in reversed(list(net.parameters())) if p.requires_grad]
         self._watch(parameters if mesh.peers else [], message_bytes)
 
@@ -115,8 +118,10 @@ class GradientAverage:
         """
         for message in self._messages[self._next :]:
             message.start(self._reduce)
-        for message in self._messages:
-            message.finish()
+        if self._messages:
+            with self.waits.running(self._mesh.device):
+                for message in self._messages:
+                    message.finish()
         self._next = 0
 
     def close(self) -> None:
@@ -155,6 +160,7 @@ class GradientTree(GradientAverage):
         columns: Sequence[nn.Module] = (),
     ) -> None:  # fmt: skip
         self._mesh = mesh
+        self.waits = Stopwatch()
         self.share = 1 / mesh.replicas
         self._whole = {
             p: torch.empty_like(p) for p in net.parameters() if columns and p.requires_grad

@@ -49,7 +49,7 @@ KEPT = 3
 """Number of batches that are replayed."""
 AGREE = 0.2
 """Largest difference between the utilizations of turns, 0..1, that allow a verdict."""
-PARTS = ("compute", "exchange", *WAITS)
+PARTS = ("compute", "exchange", "reduce", *WAITS)
 """Parts of a step's wall time; the rest is bookkeeping."""
 
 
@@ -144,6 +144,7 @@ class _Steps:
     def __init__(self, t: Training, samples: int, scratch: Path) -> None:
         self.rows: list[dict[str, Any]] = []
         log = MetricsLog(scratch, t.mesh, lambda _: None, samples, 0, keep=self.rows)
+        log.reducing = t.log.reducing
         self._t = replace(t, log=log, checkpoints=cast(CheckpointManager, _NoCheckpoints()))
         self._mark = t.mark
 

@@ -102,6 +102,8 @@ class TrainStep:
             else Passes(net, optimizer, dtype, call)
         )  # fmt: skip
         self._graph, self._warn = graph, warn
+        self.waits = self._average.waits
+        """Spans that updates waited for the other replicas or the network."""
 
     def __call__(
         self, batch: ReplicaBatch, position: int, rates: Rates, check: Check = read_loss

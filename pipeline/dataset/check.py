@@ -192,6 +192,8 @@ class CheckJob(NamedTuple):
     """True if each image is decoded."""
     tables: tuple[str, ...] = ()
     """Names of the split's sound tables (`members`)."""
+    fields: tuple[str, ...] = ()
+    """Other members that each sample has, also where their tables are damaged."""
 
 
 class CheckResult(NamedTuple):
@@ -345,12 +347,12 @@ class _ShardCheck:
         if not manifest.foreign:
             if sample.key != sample_key(job.number, place):
                 return f"its key in the tar is {escape(sample.key)}"
-            ending = ENDINGS[manifest.encoding]
-            if [part.ending for part in sample.parts] != ["cls", ending]:
+            endings = sorted([*self._list_label(), ENDINGS[manifest.encoding], *job.fields])
+            if [part.ending for part in sample.parts] != endings:
                 names = ", ".join(escape(part.name) for part in sample.parts)
-                return f"its members are {names}, not .cls and .{ending}"
+                return f"its members are {names}, not {' and '.join(f'.{one}' for one in endings)}"
         try:
-            found = job.classes.find_number(find_label(sample, self._file.read).label)
+            found = self._find_label(sample)
         except UnfitSample as error:
             return str(error)
         if found != label:
@@ -365,6 +367,16 @@ class _ShardCheck:
             if header != _npy_header(manifest.mean_side):
                 return "the header of its .npy is damaged"
         return None
+
+    def _list_label(self) -> list[str]:
+        """Return the ending of the label, if samples have one."""
+        return ["cls"] if self._job.classes.names else []
+
+    def _find_label(self, sample: Sample) -> int | str:
+        """Return the number of a sample's label, or why it has none; -1 without classes."""
+        if not self._list_label():
+            return -1
+        return self._job.classes.find_number(find_label(sample, self._file.read).label)
 
     def _payload(self, part: SampleFile) -> tuple[int, int]:
         """Return offset and size of the image's bytes; of a `.npy`, those of the pixels."""
@@ -398,7 +410,7 @@ class _ShardCheck:
 
     def _check_without_row(self, place: int, sample: Sample) -> str | None:
         try:
-            label = self._job.classes.find_number(find_label(sample, self._file.read).label)
+            label = self._find_label(sample)
             if (part := _find_image(sample)) is None:
                 return "it has no image"
             offset, size = self._payload(part)

@@ -1,4 +1,4 @@
-"""Stored images: size, encodings, and a strict decoder.
+"""Stored images and their masks: size, encodings, and strict decoders.
 
 The decoder is the strictest there is: whatever libjpeg would only warn of (a scan that ends early,
 stray bytes) is an error. An image that passes decodes everywhere.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import io
 import warnings
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from pipeline.dataset.jpeg_header import (
-    MAX_PIXELS,
     ImageError,
     JpegHeader,
     check_size,
@@ -56,55 +55,14 @@ OTHER_FORMATS = ("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
 """Formats besides JPEG that DALI decodes too, in Pillow's names."""
 ORIENTATION = 0x0112
 """Number of the Exif tag."""
+MASK_MODES = ("L", "P", "1")
+"""Pillow's names for one channel of at most eight bits: grey, palette, black and white."""
+GREY_SCALES = {"L;2": 85, "L;4": 17}
+"""Factor by which Pillow brings grey PNGs of 2 and 4 bits to 8."""
 
 
 class Undecodable(Exception):
     """The bytes are no image of the size they should be; the message is the reason, one line."""
-
-
-LEAST_KEPT = 8
-"""JPEGs are decoded at 1/2, 1/4 or 1/8 only as long as this many times the pixels of the side
-remain to which they are resampled.
-
-Below that the scaled transform is no antialiased bicubic any more: on ImageNet originals, with 2
-times as many pixels left, the image's PSNR falls from 58 to 37 dB, with 4 times to 42 dB.
-"""
-LONGEST = 65_500
-"""Most pixels of a stored image's longer side, as of a JPEG."""
-
-
-class Sizing(NamedTuple):
-    """Size to which images are brought."""
-
-    fit: Fit = "square"
-    """square: the central square, `size` on a side; shorter: `size` on the shorter side; none: as
-    they are."""
-    size: int = SIZE
-
-    def resize(self, height: int, width: int) -> Size:
-        """Return height and width of what an image of this size becomes.
-
-        Raises:
-            ImageError: too large.
-        """
-        if self.fit == "square":
-            return self.size, self.size
-        new, shorter = (height, width), min(height, width)
-        if self.fit == "shorter":
-            new = round(height * self.size / shorter), round(width * self.size / shorter)
-        if max(new) > LONGEST or new[0] * new[1] > MAX_PIXELS:
-            raise ImageError(f"too long: {width}x{height} would be stored as {new[1]}x{new[0]}")
-        return new
-
-    def choose_reduction(self, side: int) -> int:
-        """Return the power of two by which a JPEG of this shorter side is decoded smaller."""
-        factor = 1
-        while self.fit != "none" and factor < 8 and side // (2 * factor) >= LEAST_KEPT * self.size:
-            factor *= 2
-        return factor
-
-
-SQUARE = Sizing()
 
 
 def encode_npy(pixels: Pixels) -> bytes:
@@ -158,7 +116,7 @@ def decode_image(
         except (ValueError, RuntimeError) as error:
             raise Undecodable(f"it cannot be decoded ({summarize_error(error)})") from error
     if header is not None and header.exif:
-        pixels = turn_upright(pixels, read_exif_orientation(header.exif))
+        pixels = turn_upright(pixels, read_exif_orientation(header.exif) or 1)
     if size is not None and pixels.shape[:2] != size:  # it is turned by its EXIF orientation
         raise Undecodable(_describe_size(pixels.shape[1], pixels.shape[0], size))
     return pixels
@@ -198,8 +156,10 @@ def npy_header_size(npy: bytes) -> int:
     return 10 + int.from_bytes(npy[8:10], "little")
 
 
-def read_exif_orientation(exif: bytes) -> int:
+def read_exif_orientation(exif: bytes, *, strict: bool = True) -> int | None:
     """Return 1..8 from the Exif data of a JPEG, without the name before it; 1 is upright.
+
+    None: they have none. Of damaged ones it is 1, unless `strict`.
 
     Raises:
         Undecodable: they are damaged; decoders may read another orientation then.
@@ -207,11 +167,22 @@ def read_exif_orientation(exif: bytes) -> int:
     tags = Image.Exif()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("error" if strict else "ignore")
             tags.load(exif)
-            return valid_orientation(tags.get(ORIENTATION))
+            return valid_orientation(tags.get(ORIENTATION)) if ORIENTATION in tags else None
     except Exception as error:  # Pillow's reader raises what it pleases on damaged data
+        if not strict:
+            return 1
         raise Undecodable(f"its EXIF data are damaged ({summarize_error(error)})") from error
+
+
+def read_orientation(image: bytes) -> int:
+    """Return 1..8 by which a stored JPEG is turned; 1 for what is damaged, or none."""
+    try:
+        header = read_header(image)
+        return (header and read_exif_orientation(header.exif)) or 1
+    except (ImageError, Undecodable):
+        return 1
 
 
 def valid_orientation(value: object) -> int:
@@ -220,7 +191,7 @@ def valid_orientation(value: object) -> int:
 
 
 def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Return [h, w, 3] as the camera was held, by the numbers of Exif."""
+    """Return [h, w, channels] as the camera was held, by the numbers of Exif."""
     if orientation == 1:
         return pixels
     if orientation >= 5:
@@ -230,6 +201,42 @@ def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     return np.ascontiguousarray(pixels)
+
+
+def decode_mask(content: bytes, size: Size, orientation: int = 1) -> Pixels:
+    """Decode a mask without changing a value, as its image is shown.
+
+    Where an EXIF orientation turns the image, the size of the mask tells whether it was drawn on
+    the image as it is shown (by labelme, CVAT) or as its pixels are stored (by whoever opens it
+    with Pillow): then it is turned, too.
+
+    Args:
+        content: a PNG.
+        size: height and width of its image as it is shown.
+        orientation: 1..8, by which the image is turned.
+
+    Returns:
+        uint8 [height, width, 1].
+
+    Raises:
+        ValueError: it has another size, several channels, or 16 bits; or its size does not tell.
+        OSError: it is no PNG, or damaged.
+    """
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+        if image.mode not in MASK_MODES:
+            raise ValueError(f"its pixels are {image.mode}; a mask has one channel of 8 bits")
+        found, stored = (image.height, image.width), size[::-1] if orientation >= 5 else size
+        if found not in (size, stored):
+            height, width = size
+            raise ValueError(f"it is {image.width}x{image.height}, its image {width}x{height}")
+        if orientation != 1 and size == stored:
+            raise ValueError(
+                f"its image is turned by EXIF orientation {orientation}, and its size does not "
+                "tell whether the mask is, too; store the image upright"
+            )
+        scale = GREY_SCALES.get(str(image.tile[0].args), 1) if image.tile else 1
+        values = (np.array(image, np.uint8) // scale)[:, :, None]
+    return values if found == size else turn_upright(values, orientation)
 
 
 def _read_other_size(data: bytes) -> tuple[int, int]:

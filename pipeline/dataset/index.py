@@ -140,7 +140,8 @@ def find_row_faults(
         raw = manifest.encoding == "raw"
         smallest = 3 * side**2 if raw else 1
         largest = smallest if raw else max(MOST_IMAGE_BYTES, 4 * side**2)
-    wrong = (rows["shard"] != numbers) | (rows["label"] < 0) | (rows["label"] >= classes)
+    first, last = (0, classes - 1) if classes else (-1, -1)
+    wrong = (rows["shard"] != numbers) | (rows["label"] < first) | (rows["label"] > last)
     wrong |= (sizes < smallest) | (sizes > largest)
     # Offset and size may add up to more than 64 bits hold.
     wrong |= (offsets > ends) | (sizes > ends - np.minimum(offsets, ends))
@@ -153,8 +154,9 @@ def find_row_faults(
         shard, label, offset, size, _, *sides = rows[place].tolist()
         if shard != np.broadcast_to(numbers, len(rows))[place]:
             yield place, f"the index has it in shard {shard}"
-        elif not 0 <= label < classes:
-            yield place, f"its label {label} is outside the classes, 0 to {classes - 1}"
+        elif not first <= label <= last:
+            known = f"outside the classes, 0 to {last}" if classes else "not -1, in a set without"
+            yield place, f"its label {label} is {known}"
         elif offset + size > int(np.broadcast_to(ends, len(rows))[place]):
             yield place, "the shard ends before it does"
         elif not smallest <= size <= largest:

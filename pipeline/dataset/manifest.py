@@ -73,7 +73,8 @@ class Manifest:
 
     splits: dict[str, Split]
     classes: tuple[str, ...]
-    """Class names; a label is an index into this list."""
+    """Class names; a label is an index into this list. Empty in a set without labels, where each
+    is -1."""
     seed: int
     """Seed of the shuffle over the images when they were packed."""
     sources: dict[str, str]
@@ -276,8 +277,8 @@ def _find_split_faults(name: str, split: Split) -> Iterator[str]:
 
 def _find_class_faults(manifest: Manifest) -> Iterator[str]:
     classes, titles = manifest.classes, manifest.titles
-    if len(classes) < 2 or not _are_texts(classes) or "" in classes:
-        yield "its classes are not two names or more"
+    if len(classes) == 1 or not _are_texts(classes) or "" in classes:
+        yield "its classes are not two names or more, or none"
     elif len(set(classes)) < len(classes):
         yield "it has a class twice"
     if titles is not None and not (_are_texts(titles) and len(titles) >= len(classes)):

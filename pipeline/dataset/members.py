@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
 
-from pipeline.dataset.samples import Read, Sample, UnfitSample, is_field
+from pipeline.dataset.samples import Read, Sample, SampleFile, UnfitSample, is_field
 from pipeline.dataset.tar import ENCODING
 from pipeline.tools.errors import DamagedFile, refuse_forbidden, summarize_error
 from pipeline.tools.files import atomic_write, sha256
@@ -204,6 +204,23 @@ class TextTable:
         return found + 1 if found >= 0 else -1
 
 
+def find_member(sample: Sample, field: str) -> SampleFile:
+    """Return the file of a sample whose ending is `field`.
+
+    Raises:
+        UnfitSample: it has no such member, or a large one.
+    """
+    part = sample.find_member(field)
+    if part.size > MOST_MEMBER_BYTES:
+        raise UnfitSample(describe_large(field, part.size))
+    return part
+
+
+def describe_large(field: str, size: int) -> str:
+    """Return why a member of so many bytes is not taken."""
+    return f"its .{field} has {size:,} bytes, {MOST_MEMBER_BYTES:,} are taken at most"
+
+
 def locate_member(sample: Sample, field: str, read: Read) -> tuple[int, int, int]:
     """Return offset, size and CRC-32 of a member of a sample: a row of the table.
 
@@ -216,9 +233,7 @@ def locate_member(sample: Sample, field: str, read: Read) -> tuple[int, int, int
         UnfitSample: it has no such member, or a large one.
         OSError: it cannot be read.
     """
-    part = sample.find_member(field)
-    if part.size > MOST_MEMBER_BYTES:
-        raise UnfitSample(f"its .{field} has {part.size:,} bytes")
+    part = find_member(sample, field)
     return part.offset, part.size, isal_zlib.crc32(read(part.offset, part.size))
 
 

@@ -124,6 +124,11 @@ class Sample(NamedTuple):
             raise UnfitSample(f"its image is a .{escape(array.ending)}, which is not read")
         raise UnfitSample("it has no image", "image")
 
+    def without(self, fields: Container[str]) -> Sample:
+        """Return the sample without the files whose endings are these, in any case of letters."""
+        parts = (part for part in self.parts if part.ending.lower() not in fields)
+        return Sample(self.key, tuple(parts))
+
     def find_member(self, field: str) -> SampleFile:
         """Return the file whose ending is `field` (`json`, `seg.png`) in any case of letters.
 

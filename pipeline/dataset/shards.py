@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from isal import isal_zlib
@@ -23,6 +23,7 @@ from isal import isal_zlib
 from pipeline.dataset.images import ENDINGS, Encoding, Size, npy_header_size
 from pipeline.dataset.index import INDEX_DTYPE, SIZED_DTYPE, Index, sample_key
 from pipeline.dataset.manifest import Shard
+from pipeline.dataset.members import MEMBER_DTYPE, Members
 from pipeline.dataset.samples import Sample, group_samples
 from pipeline.dataset.tar import read_members
 from pipeline.tools.files import atomic_write
@@ -127,22 +128,36 @@ class WrittenTar:
     """Content of the tar's `.idx`."""
     bytes: int
     sha256: str
+    members: dict[str, Members] = field(default_factory=dict)
+    """Rows of each field, `MEMBER_DTYPE` [n]."""
+
+
+class SampleContent(NamedTuple):
+    """A sample to write."""
+
+    image: bytes
+    """A JPEG, or a `.npy` when raw."""
+    label: int
+    """0.., or -1 without classes: then it has no `.cls`."""
+    members: Mapping[str, bytes] = {}
+    """Content of each field."""
 
 
 def write_tar(
     file: IO[bytes],
     number: int,
-    samples: Iterable[tuple[bytes, int]],
+    samples: Iterable[SampleContent],
     encoding: Encoding,
     sizes: Sequence[Size] | None = None,
 ) -> WrittenTar:
     """Write a tar of samples in one pass; the same samples give the same bytes.
 
+    The files of a sample are in the order of their endings.
+
     Args:
         file: gets the bytes; only its `write` is called.
         number: of the shard in its split, from 0.
-        samples: image file (a JPEG, or a `.npy` when raw) and label (0..) of each sample, in stored
-            order.
+        samples: content of each sample, in stored order; all have the same fields.
         encoding: of the image files.
         sizes: height and width of each image, where the index is to have them.
     """
@@ -152,21 +167,30 @@ def write_tar(
     writer = webdataset.TarWriter(out, encoder=False, mtime=0)
     ending = ENDINGS[encoding]
     rows: list[tuple[int, int, int, int, int]] = []
+    members: dict[str, list[tuple[int, int, int]]] = {}
     lines: list[str] = []
     place = 0
     try:
-        for image, label in samples:
-            key, text = sample_key(number, len(rows)), str(label).encode()
-            writer.write({"__key__": key, "cls": text, ending: image})
-            cls, start = place + RECORD, place + 2 * RECORD + _pad(len(text))
-            place = start + _pad(len(image))
+        for image, label, others in samples:
+            key = sample_key(number, len(rows))
+            files: dict[str, bytes] = {**others, ending: image}
+            if label >= 0:
+                files["cls"] = str(label).encode()
+            writer.write({"__key__": key, **files})
+            starts = {}
+            for name in sorted(files):  # webdataset's order
+                starts[name] = place + RECORD
+                place += RECORD + _pad(len(files[name]))
+            start = starts[ending]
             # The index points at the pixels of a raw image, behind the header of its `.npy`.
             skip = npy_header_size(image) if encoding == "raw" else 0
             crc = isal_zlib.crc32(memoryview(image)[skip:])  # zlib's, several times faster
             rows.append((number, label, start + skip, len(image) - skip, crc))
-            lines.append(
-                f"cls {cls} {len(text)} {key}.cls {ending} {start} {len(image)} {key}.{ending}\n"
-            )
+            for name, content in others.items():
+                row = starts[name], len(content), isal_zlib.crc32(content)
+                members.setdefault(name, []).append(row)
+            words = (f"{name} {at} {len(files[name])} {key}.{name}" for name, at in starts.items())
+            lines.append(" ".join(words) + "\n")
     except BaseException:
         out.closed_early = True
         raise
@@ -183,6 +207,7 @@ def write_tar(
         listing="".join([f"v1.2 {len(rows)}\n", *lines]).encode(),
         bytes=out.size,
         sha256=out.digest.hexdigest(),
+        members={name: np.array(found, MEMBER_DTYPE) for name, found in members.items()},
     )
 
 

@@ -54,7 +54,7 @@ class SplitFacts:
     name: str
     split: Split
     per_class: npt.NDArray[np.int64]
-    """Images of each class."""
+    """Images of each class; without classes, of all."""
     image_bytes: npt.NDArray[np.uint32]
     """Stored bytes of each image."""
 
@@ -111,7 +111,7 @@ class Facts:
     def title(self, label: int) -> str:
         """Return the readable name of a class."""
         manifest = self.manifest
-        return (manifest.titles or manifest.classes)[label]
+        return (manifest.titles or manifest.classes)[label] if manifest.classes else "no label"
 
 
 def gather_facts(data: str, dataset: Dataset) -> Facts:
@@ -135,7 +135,8 @@ def gather_facts(data: str, dataset: Dataset) -> Facts:
 
 def _count_split(name: str, dataset: Dataset, manifest: Manifest) -> SplitFacts:
     rows = load_index(dataset.folder, name, manifest)
-    counts = np.bincount(rows["label"], minlength=len(manifest.classes))
+    labels = np.maximum(rows["label"], 0)  # without classes, all are of one
+    counts = np.bincount(labels, minlength=max(1, len(manifest.classes)))
     return SplitFacts(name, manifest.splits[name], counts, rows["size"])
 
 
@@ -330,7 +331,7 @@ def _split_table(facts: Facts) -> Table:
             f"{len(one.split.shards):,}",
             human_bytes(one.split.bytes),
             human_bytes(float(sizes.mean())) if len(sizes) else "–",
-            f"{np.count_nonzero(counts):,}",
+            f"{np.count_nonzero(counts):,}" if facts.manifest.classes else "none",
             f"{counts.min():,}–{counts.max():,}"
             if counts.min() < counts.max()
             else f"{counts.max():,} each",

@@ -1,9 +1,9 @@
 """Packing: the images of a source -> chunks -> shards -> a sealed data set.
 
-plan         settings of a build; split, label and place of every image
+plan         settings of a build and its images' sizes; split, label and place of every image
 build        driver: plan, pack, write shards, seal; resumes a killed build
 chunks       stage one: a run of source images -> encoded, hashed, measured
-resize       one encoded image -> 256x256 sRGB pixels -> a JPEG
+resize       one encoded image -> sRGB pixels of its size -> a JPEG
 duplicates   perceptual hashes -> groups of duplicates
 hamming      groups of hashes within a Hamming distance
 shards       stage two: encoded images in shuffled order -> shards, side files, manifest

@@ -162,7 +162,7 @@ def _write_shards(
         done = {
             number
             for number, fetched in zip(maybe, files, strict=True)
-            if parse_shard(fetched, collected.taken[rows[number]])
+            if parse_shard(fetched, collected.hash(rows[number]))
         }
         jobs += [(split, n, some) for n, some in enumerate(rows) if n not in done]
     already = total - sum(len(rows) for *_, rows in jobs)
@@ -173,6 +173,8 @@ def _write_shards(
             number,
             options.encoding,
             collected.taken[rows],
+            collected.members[rows],
+            options.members,
             sized=options.fit != "square",
         )
         for split, number, rows in jobs

@@ -1,8 +1,8 @@
 """Stage one: a run of source images -> images of their size, encoded, hashed and counted.
 
-A chunk is two files in the build's work folder: `NNNNNN.bin`, the encoded images end to end, and
-`NNNNNN.npz`, their places, hashes, rejects and pixel sums. The `.npz` is written last and marks the
-chunk as done.
+A chunk is two files in the build's work folder: `NNNNNN.bin`, the encoded images end to end, each
+followed by the other members of its sample, and `NNNNNN.npz`, their places, hashes, rejects and
+pixel sums. The `.npz` is written last and marks the chunk as done.
 """
 
 from __future__ import annotations
@@ -19,22 +19,33 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
+from PIL import Image
 
 from pipeline.dataset.image_stats import Sums
-from pipeline.dataset.images import SIZE, Sizing, encode_npy
+from pipeline.dataset.images import SIZE, decode_mask, encode_npy, turn_upright
 from pipeline.dataset.jpeg_header import (
     MAX_CPU_SECONDS,
     ImageError,
     limit_process,
+    limit_time,
     to_one_line,
 )
+from pipeline.dataset.members import MEMBER_DTYPE, MOST_MEMBER_BYTES, Members, describe_large
 from pipeline.options import BuildConfig
 from pipeline.packing.duplicates import perceptual_hash
-from pipeline.packing.plan import BuildPlan, ChunkPlan
-from pipeline.packing.resize import PreparedImage, encode, prepare_image, resample
+from pipeline.packing.plan import BuildPlan, ChunkPlan, Sizing, mean_side
+from pipeline.packing.resize import (
+    PreparedImage,
+    cut_square,
+    describe_error,
+    encode,
+    prepare_image,
+    read_frame,
+    resample,
+)
 from pipeline.remote.filesystem import StoreError
 from pipeline.remote.target import WORK, Target
-from pipeline.sources import Container, Unreadable, open_reader
+from pipeline.sources import Container, SourceReader, Unreadable, open_reader
 from pipeline.tools.errors import DuetError
 from pipeline.tools.files import describe_foreign
 from pipeline.tools.jsonl import parse_json
@@ -72,6 +83,8 @@ class ChunkJob:
     names: tuple[str, ...]
     trains: npt.NDArray[np.bool_]
     """bool [n]; whether the pixels of each image count in the statistics."""
+    members: npt.NDArray[np.void]
+    """`sources.listing.MEMBER_PLACE` [n, fields]: places of the other members of each sample."""
     careful: bool = False
     """Decode each image in a process of its own: a process died on this chunk."""
 
@@ -93,6 +106,23 @@ class PackedChunk:
     reasons: dict[int, str]
     """Place in the chunk -> reason for rejecting that image."""
     sums: Sums
+    members: Members
+    """`MEMBER_DTYPE` [n, fields]: byte ranges in the `.bin`, and CRC-32s."""
+
+
+class SourceSample(NamedTuple):
+    """Bytes of a sample as its source has them."""
+
+    image: bytes
+    members: dict[str, bytes]
+    """Content of each field."""
+
+
+class PreparedSample(NamedTuple):
+    """An image as it is to be stored, and the other members of its sample."""
+
+    image: PreparedImage
+    members: dict[str, bytes]
 
 
 class ChunkError(Exception):
@@ -131,6 +161,7 @@ def make_chunk_job(
         rows=rows,
         names=tuple(listing.names[place] for place in range(part.start, part.stop)),
         trains=trains,
+        members=np.array(listing.members[part.start : part.stop]),
     )
 
 
@@ -157,9 +188,11 @@ def fetch_facts(target: Target, name: str, about: Sequence[str]) -> FetchedFacts
         return FetchedFacts(b"", [])
 
 
-def parse_chunk(fetched: FetchedFacts, number: int, images: int) -> PackedChunk:
-    """Return a chunk of so many images. Only one thread may do this: NumPy parses its headers as
-    Python, and of that CPython 3.11 keeps count in one place for all threads.
+def parse_chunk(fetched: FetchedFacts, number: int, images: int, fields: int = 0) -> PackedChunk:
+    """Return a chunk of so many images and fields.
+
+    Only one thread may do this: NumPy parses its headers as Python, and of that CPython 3.11 keeps
+    count in one place for all threads.
 
     Raises:
         ChunkError: it is missing or damaged, or its images are.
@@ -173,9 +206,12 @@ def parse_chunk(fetched: FetchedFacts, number: int, images: int) -> PackedChunk:
                 packed=arrays["packed"],
                 reasons=dict(parse_json(arrays["reasons"].tobytes())),
                 sums=sums,
+                members=arrays["members"] if fields else np.zeros((images, 0), MEMBER_DTYPE),
             )
         whole = chunk.packed.dtype == PACKED_DTYPE and len(chunk.packed) == images
-        if whole and fetched.sizes == [int(chunk.packed["size"].sum(dtype=np.int64))]:
+        whole &= chunk.members.dtype == MEMBER_DTYPE and chunk.members.shape == (images, fields)
+        size = sum(int(part["size"].sum(dtype=np.int64)) for part in (chunk.packed, chunk.members))
+        if whole and fetched.sizes == [size]:
             return chunk
     except Exception as error:  # NumPy's reader raises anything on a damaged header
         raise ChunkError(number) from error
@@ -193,15 +229,16 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
 
     torch.set_num_threads(1)  # a core for each worker of the pool
     packed = np.zeros(len(job.rows), PACKED_DTYPE)
+    members = np.zeros(job.members.shape, MEMBER_DTYPE)
     reasons: dict[int, str] = {}
     options, offset = job.options, 0
-    sums = Sums(options.mean_side)
+    sums = Sums(mean_side(options))
     with job.target.create(chunk_data_name(job.number), durable=False) as file:
         for place, found in enumerate(_read_pixels(job)):
             if isinstance(found, str):
                 reasons[place] = found
                 continue
-            pixels = found.pixels
+            pixels = found.image.pixels
             height, width = pixels.shape[:2]
             square = pixels if (height, width) == (SIZE, SIZE) else resample(pixels)
             if job.trains[place]:
@@ -209,12 +246,16 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
             if options.encoding == "raw":
                 data = encode_npy(pixels)
             else:
-                data = found.jpeg or encode(pixels, options.quality, options.chroma)
+                data = found.image.jpeg or encode(pixels, options.quality, options.chroma)
             file.write(data)
             image_hash = np.frombuffer(perceptual_hash(square), np.uint8)
             crc = isal_zlib.crc32(data)
             packed[place] = (True, offset, len(data), crc, image_hash, width, height)
             offset += len(data)
+            for number, content in enumerate(found.members.values()):
+                file.write(content)
+                members[place, number] = offset, len(content), isal_zlib.crc32(content)
+                offset += len(content)
     with job.target.create(chunk_facts_name(job.number), durable=False) as file:
         np.savez(
             file,
@@ -223,35 +264,42 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
             pictures=np.uint32(sums.images),
             picture=sums.image_sum.astype(np.uint32),  # a chunk has far fewer than 2**24 images
             outer=sums.outer,
+            **({"members": members} if members.size else {}),
         )
     return ChunkDone(len(packed), len(reasons))
 
 
-def _read_pixels(job: ChunkJob) -> Iterator[PreparedImage | str]:
-    """Yield each image of a chunk, or the reason why it is rejected."""
-    for data in _read_images(job):
-        if isinstance(data, str):
-            yield data
+def _read_pixels(job: ChunkJob) -> Iterator[PreparedSample | str]:
+    """Yield each image of a chunk with its members, or the reason why it is rejected."""
+    for found in _read_samples(job):
+        if isinstance(found, str):
+            yield found
         elif job.careful:
-            yield _decode_isolated(data, job)
+            yield _decode_isolated(found, job)
         else:
-            yield _decode(data, job.options)
+            yield _decode(found, job.options)
 
 
-def _decode(data: bytes, options: BuildConfig) -> PreparedImage | str:
+def _decode(sample: SourceSample, options: BuildConfig) -> PreparedSample | str:
+    sizing, what = Sizing(options.fit, options.size), ""
     try:
         with limit_process():
-            return prepare_image(data, Sizing(options.fit, options.size), options.min_side)
+            image = prepare_image(sample.image, sizing, options.min_side)
+            members = dict(sample.members)
+            for name in options.masks:
+                what = f"its .{name}: "
+                members[name] = prepare_mask(sample.members[name], sample.image, sizing)
+            return PreparedSample(image, members)
     except ImageError as error:
-        return str(error)
+        return f"{what}{error}"
     except Exception as error:  # any error of a decoder rejects this image only
-        return f"cannot be decoded: {to_one_line(error) or type(error).__name__}"
+        return f"{what}cannot be decoded: {to_one_line(error) or type(error).__name__}"
 
 
-def _decode_isolated(data: bytes, job: ChunkJob) -> PreparedImage | str:
+def _decode_isolated(sample: SourceSample, job: ChunkJob) -> PreparedSample | str:
     """Decode an image in a process of its own, which may crash."""
     try:
-        return call_isolated(_decode, data, job.options)
+        return call_isolated(_decode, sample, job.options)
     except Crash as crash:
         if crash.from_outside:
             raise DuetError(
@@ -263,15 +311,78 @@ def _decode_isolated(data: bytes, job: ChunkJob) -> PreparedImage | str:
         return f"its decoder crashed ({crash})"
 
 
-def _read_images(job: ChunkJob) -> Iterator[bytes | str]:
-    """Read the encoded images, container by container."""
-    images = zip(job.names, job.rows, strict=True)
+def _read_samples(job: ChunkJob) -> Iterator[SourceSample | str]:
+    """Read the encoded images and their members, container by container."""
+    fields = job.options.members
+    images = zip(job.names, job.rows, job.members, strict=True)
     for number, group in groupby(images, key=lambda image: image[1]["container"]):
-        with closing(open_reader(job.containers[number])) as reader:
-            for name, row in group:
+        with closing(open_reader(job.containers[number], fields=fields)) as reader:
+            for name, row, places in group:
                 try:
                     data = reader.read(name, int(row["place"]), int(row["size"]))
-                    foreign = describe_foreign(data)
-                    yield data if foreign is None else f"no image: it is {foreign}"
+                    if (foreign := describe_foreign(data)) is not None:
+                        yield f"no image: it is {foreign}"
+                        continue
+                    members = {
+                        field: _read_member(reader, field, name, *place)
+                        for field, place in zip(fields, places.tolist(), strict=True)
+                    }
+                    yield SourceSample(data, members)
                 except Unreadable as error:
                     yield str(error)
+
+
+def prepare_mask(mask: bytes, image: bytes, sizing: Sizing) -> bytes:
+    """Return a mask cut, resampled to the nearest pixel and turned as its image is.
+
+    Args:
+        mask: a PNG as `decode_mask` takes it.
+        image: the image, which `prepare_image` takes.
+        sizing: the size.
+
+    Returns:
+        A PNG with the same values, and the same palette; itself where nothing changes.
+
+    Raises:
+        ImageError: it is no mask of this image; the message says why.
+    """
+    try:
+        with limit_time():
+            turn, stored = read_frame(image)
+            shown = stored[::-1] if turn >= 5 else stored
+            upright = decode_mask(mask, shown, turn)
+            with Image.open(io.BytesIO(mask), formats=["PNG"]) as found:
+                if sizing.fit == "none" and (found.height, found.width) == shown:
+                    return mask
+                palette = found.getpalette() if found.mode == "P" else None
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow's decoders raise what they please on damaged input
+        raise ImageError(describe_error(error)) from error
+    # Cut where the image is, which is turned last: a square's margins may differ by a pixel.
+    pixels = turn_upright(upright, {6: 8, 8: 6}.get(turn, turn))
+    if sizing.fit == "square":
+        pixels = cut_square(pixels)
+    height, width = sizing.resize(*pixels.shape[:2])
+    small = Image.fromarray(pixels[:, :, 0]).resize((width, height), Image.Resampling.NEAREST)
+    out = Image.fromarray(turn_upright(np.asarray(small)[:, :, None], turn)[:, :, 0])
+    file = io.BytesIO()
+    if palette is not None:
+        out.putpalette(palette)
+    out.save(file, "PNG")
+    return file.getvalue()
+
+
+def _read_member(reader: SourceReader, field: str, name: str, place: int, size: int) -> bytes:
+    """Return the content of a member of the image `name`.
+
+    Raises:
+        Unreadable: it cannot be read, or is too large; the message names it.
+    """
+    try:
+        content = reader.read_member(field, name, place, size)
+    except Unreadable as error:
+        raise Unreadable(f"its .{field}: {error}") from error
+    if len(content) > MOST_MEMBER_BYTES:
+        raise Unreadable(describe_large(field, len(content)))
+    return content

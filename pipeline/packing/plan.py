@@ -9,11 +9,13 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.dataset.images import SIZE, Fit, Size
+from pipeline.dataset.jpeg_header import MAX_PIXELS, ImageError
 from pipeline.dataset.tar import escape
 from pipeline.options import BuildConfig
 from pipeline.remote.filesystem import is_remote
@@ -38,6 +40,63 @@ UNLIKE_OUTPUT = ("out", "train", "val", "val_labels", "max_rejects", "workers", 
 
 Places = npt.NDArray[np.uint32]
 """Rows of images: 4 bytes each, for up to 4 billion of them."""
+
+LEAST_KEPT = 8
+"""JPEGs are decoded at 1/2, 1/4 or 1/8 only as long as this many times the pixels of the side
+remain to which they are resampled.
+
+Below that the scaled transform is no antialiased bicubic any more: on ImageNet originals, with 2
+times as many pixels left, the image's PSNR falls from 58 to 37 dB, with 4 times to 42 dB.
+"""
+LONGEST = 65_500
+"""Most pixels of a stored image's longer side, as of a JPEG."""
+MOST_ASPECT = 20
+"""Most times that the longer side of an image may have the shorter one's pixels, where it is
+brought to a shorter side: of 40x4000, 300x30000 would be stored."""
+
+
+class Sizing(NamedTuple):
+    """Size to which images are brought."""
+
+    fit: Fit = "square"
+    """square: the central square, `size` on a side; shorter: `size` on the shorter side; none: as
+    they are."""
+    size: int = SIZE
+
+    def resize(self, height: int, width: int) -> Size:
+        """Return height and width of what an image of this size becomes.
+
+        Raises:
+            ImageError: too large.
+        """
+        if self.fit == "square":
+            return self.size, self.size
+        new, shorter = (height, width), min(height, width)
+        if self.fit == "shorter":
+            new = round(height * self.size / shorter), round(width * self.size / shorter)
+            if max(height, width) > MOST_ASPECT * shorter:
+                raise ImageError(
+                    f"too long: {width}x{height} would be stored as {new[1]}x{new[0]}; its sides "
+                    f"may differ by {MOST_ASPECT} times"
+                )
+        if max(new) > LONGEST or new[0] * new[1] > MAX_PIXELS:
+            raise ImageError(f"too long: {width}x{height} would be stored as {new[1]}x{new[0]}")
+        return new
+
+    def choose_reduction(self, side: int) -> int:
+        """Return the power of two by which a JPEG of this shorter side is decoded smaller."""
+        factor = 1
+        while self.fit != "none" and factor < 8 and side // (2 * factor) >= LEAST_KEPT * self.size:
+            factor *= 2
+        return factor
+
+
+SQUARE = Sizing()
+
+
+def mean_side(options: BuildConfig) -> int:
+    """Return height and width of the mean image in pixels: 256 where images differ in size."""
+    return options.size if options.fit == "square" else SIZE
 
 
 @dataclass(frozen=True)
@@ -123,7 +182,8 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
     Raises:
         UsageError: a source that cannot work.
     """
-    listings = [scan(options.train, scratch / "train", split="train")]
+    kind: dict[str, Any] = {"fields": options.members, "labelled": options.labels}
+    listings = [scan(options.train, scratch / "train", split="train", **kind)]
     _refuse_empty_class(listings[0])
     if options.val is not None:
         listings.append(
@@ -131,9 +191,10 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
                 options.val,
                 scratch / "val",
                 split="val",
-                classes=listings[0].classes,
+                classes=listings[0].classes if options.labels else None,
                 labels=options.val_labels,
                 numbered=listings[0].numbered,
+                **kind,
             )
         )
     first = np.arange(len(listings[0]), dtype=np.uint32)
@@ -173,7 +234,7 @@ def _collect_notes(options: BuildConfig, listings: Iterable[Listing]) -> Iterato
 def _refuse_empty_class(listing: Listing) -> None:
     """Refuse training images that lack a class of their list, before hours of packing."""
     counts = np.zeros(len(listing.classes), np.int64)
-    for start in range(0, len(listing), ROWS_AT_A_TIME):
+    for start in range(0, len(listing) if listing.classes else 0, ROWS_AT_A_TIME):
         labels = listing.rows["label"][start : start + ROWS_AT_A_TIME]
         counts += np.bincount(labels, minlength=len(counts))
     if len(empty := np.flatnonzero(counts == 0)):
@@ -187,7 +248,7 @@ def _refuse_empty_class(listing: Listing) -> None:
 
 def _choose_held_out(listing: Listing, options: BuildConfig) -> npt.NDArray[np.bool_]:
     """Choose validation images of each class at random; each class keeps one in either split."""
-    labels = np.asarray(listing.rows["label"])
+    labels = np.maximum(listing.rows["label"], 0)  # without classes, all are of one
     by_class = np.argsort(labels, kind="stable")
     counts = np.bincount(labels, minlength=len(listing.classes))
     held = np.zeros(len(labels), np.bool_)
@@ -195,13 +256,17 @@ def _choose_held_out(listing: Listing, options: BuildConfig) -> npt.NDArray[np.b
         places = by_class[stop - counts[label] : stop]
         if len(places) < 2:
             raise UsageError(
-                f"--holdout needs two images a class; class {listing.classes[label]!r} of "
+                f"--holdout needs two images a class; {_describe_class(listing, label)} of "
                 f"{hide_credentials(options.train)} has {len(places)}: add images, remove the "
                 "class, or give validation images with --val in place of --holdout"
             )
         count = min(len(places) - 1, max(1, round(len(places) * options.holdout)))
         held[np.random.default_rng([options.seed, label]).permutation(places)[:count]] = True
     return held
+
+
+def _describe_class(listing: Listing, label: int) -> str:
+    return f"class {listing.classes[label]!r}" if listing.classes else "the only one"
 
 
 def _compute_fingerprint(options: BuildConfig, listings: list[Listing]) -> str:
@@ -211,7 +276,8 @@ def _compute_fingerprint(options: BuildConfig, listings: list[Listing]) -> str:
         digest.update(_to_json_line([len(listing), *listing.classes]))
         for kind, address in listing.containers:
             digest.update(_to_json_line([kind, _relative_address(address, listing.source)]))
-        for column in (listing.rows, listing.names.ends, listing.names.text):
+        columns = (listing.rows, listing.names.ends, listing.names.text, listing.members)
+        for column in columns:
             for start in range(0, len(column), ROWS_AT_A_TIME):
                 digest.update(column[start : start + ROWS_AT_A_TIME].tobytes())
     digest.update(_to_json_line([FORMAT, output_settings(options)]))
@@ -226,8 +292,15 @@ def describe_format() -> list[int]:
 def output_settings(options: BuildConfig) -> dict[str, Any]:
     """Return the settings on which the bytes of the set depend."""
     settings = {key: value for key, value in asdict(options).items() if key not in UNLIKE_OUTPUT}
-    for name in ("size", "fit"):  # a build that has none of them is what it was before them
-        if settings[name] == getattr(BuildConfig, name):
+    settings |= {name: list(settings[name]) for name in ("fields", "masks")}  # as JSON has them
+    for name in (
+        "size",
+        "fit",
+        "fields",
+        "masks",
+        "labels",
+    ):  # a build that has none of them is what it was before them
+        if settings[name] in (getattr(BuildConfig, name), []):
             del settings[name]
     return settings
 

@@ -1,4 +1,4 @@
-"""One encoded image of any kind -> 256x256 RGB pixels, or of another size -> a JPEG.
+"""One encoded image of any kind -> RGB pixels of the size to store -> a JPEG.
 
 Prepared as the paper's section 2 says: "Given a rectangular image, we first rescaled the image such
 that the shorter side was of length 256, and then cropped out the central 256x256 patch from the
@@ -39,10 +39,8 @@ from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
 
 from pipeline.dataset.images import (
     ORIENTATION,
-    SQUARE,
     Pixels,
     Size,
-    Sizing,
     Undecodable,
     decode_image,
     read_exif_orientation,
@@ -59,6 +57,7 @@ from pipeline.dataset.jpeg_header import (
     read_header,
 )
 from pipeline.options import Chroma
+from pipeline.packing.plan import SQUARE, Sizing
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that Pillow may detect."""
@@ -119,12 +118,23 @@ def prepare_image(data: bytes, sizing: Sizing, min_side: int = 8) -> PreparedIma
 def _keep_jpeg(data: bytes, header: JpegHeader) -> PreparedImage | None:
     """Return a plain JPEG as it is, or None where decoders may not agree on it."""
     try:
-        exif = read_exif_orientation(header.exif) if header.exif else 1
-        if exif != read_orientation(header):  # XMP, which DALI does not read
+        if (read_exif_orientation(header.exif) or 1) != read_orientation(
+            header
+        ):  # XMP, which DALI does not read
             return None
         return PreparedImage(decode_image(data, size=None), data)
     except (Undecodable, MemoryError):
         return None
+
+
+def read_frame(image: bytes) -> tuple[int, Size]:
+    """Return the orientation of an image, and its height and width before it is turned."""
+    if (header := read_header(image)) is not None:
+        return read_orientation(header), (header.height, header.width)
+    with _open(image) as found:
+        turn, size = _read_orientation(found), (found.height, found.width)
+        # Pillow tells the size of a TIFF as it is shown.
+        return turn, size[::-1] if found.format == "TIFF" and turn >= 5 else size
 
 
 def decode_square(data: bytes, min_side: int = 8) -> Pixels:
@@ -222,12 +232,7 @@ def resample(pixels: Pixels, sizing: Sizing = SQUARE, size: Size | None = None) 
     A square is cut out first: what lies beside it is not resampled. `size` is the height and width
     to come, where the pixels are a reduced image; None: what `sizing` makes of theirs.
     """
-    square = pixels
-    if sizing.fit == "square":
-        height, width = pixels.shape[:2]
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        square = pixels[top : top + side, left : left + side]
+    square = cut_square(pixels) if sizing.fit == "square" else pixels
     size = size or sizing.resize(*square.shape[:2])
     if size == square.shape[:2]:
         return square.copy()  # what is decoded next lies where this does
@@ -243,6 +248,14 @@ def resample(pixels: Pixels, sizing: Sizing = SQUARE, size: Size | None = None) 
     planes = torch.from_numpy(square)[None].permute(0, 3, 1, 2)
     small = torch.nn.functional.interpolate(planes, size, mode="bicubic", antialias=True)
     return small[0].permute(1, 2, 0).contiguous().numpy()
+
+
+def cut_square(pixels: Pixels) -> Pixels:
+    """Return the central square of [height, width, channels], as a view."""
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pixels[top : top + side, left : left + side]
 
 
 def pillow_path(data: bytes, min_side: int, sizing: Sizing = SQUARE) -> Pixels:
@@ -267,7 +280,7 @@ def pillow_path(data: bytes, min_side: int, sizing: Sizing = SQUARE) -> Pixels:
         raise
     # Pillow's decoders raise what they please on damaged input; whatever it is, it is this file.
     except Exception as error:
-        raise ImageError(_describe_error(error)) from error
+        raise ImageError(describe_error(error)) from error
 
 
 def _open(data: bytes) -> Image.Image:
@@ -429,7 +442,8 @@ def _to_eight_bits(image: Image.Image, scale: _Scale) -> Image.Image:
     return Image.merge("RGBA", (grey, grey, grey, alpha))
 
 
-def _describe_error(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
+    """Return in one line why a decoder refuses an image."""
     if isinstance(error, UnidentifiedImageError):
         return "no image: its bytes are of no known format"
     if isinstance(error, Image.DecompressionBombError):
@@ -486,16 +500,8 @@ def _make_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | N
 
 def read_orientation(header: JpegHeader) -> int:
     """Return 1..8 from the Exif data of a JPEG, or else its XMP, as Pillow does; 1 is upright."""
-    if header.exif:
-        tags = Image.Exif()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                tags.load(header.exif)
-            if ORIENTATION in tags:
-                return valid_orientation(tags.get(ORIENTATION))
-        except Exception:  # Pillow's reader raises what it pleases on damaged data
-            return 1
+    if (orientation := read_exif_orientation(header.exif, strict=False)) is not None:
+        return orientation
     found = _XMP_ORIENTATION.search(header.xmp)
     return valid_orientation(int(found[1])) if found else 1
 

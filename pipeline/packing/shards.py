@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +29,15 @@ from pipeline.dataset.images import Encoding
 from pipeline.dataset.index import INDEX_DTYPE, SIZED_DTYPE, Index, index_name
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest, Shard, Split
-from pipeline.dataset.members import escape_line, save_texts
-from pipeline.dataset.shards import shard_name, to_shard, write_tar
+from pipeline.dataset.members import (
+    MEMBER_DTYPE,
+    Members,
+    escape_line,
+    field_table,
+    save_texts,
+    write_npy_header,
+)
+from pipeline.dataset.shards import SampleContent, shard_name, to_shard, write_tar
 from pipeline.options import BuildConfig
 from pipeline.packing.chunks import (
     HASH_BYTES,
@@ -48,7 +56,7 @@ from pipeline.packing.duplicates import (
     find_duplicates,
     write_duplicates,
 )
-from pipeline.packing.plan import BuildPlan, ChunkPlan, Places
+from pipeline.packing.plan import BuildPlan, ChunkPlan, Places, mean_side
 from pipeline.remote.target import WORK, ByteRange, Target
 from pipeline.sources import Reject
 from pipeline.sources.listing import map_file, read_rejects, summarize_rejects
@@ -79,6 +87,10 @@ class ShardJob:
     encoding: Encoding
     taken: npt.NDArray[np.void]
     """`TAKEN_DTYPE`, in stored order."""
+    members: Members
+    """`MEMBER_DTYPE` [n, fields]: ranges in the chunks, behind those of the images."""
+    fields: tuple[str, ...] = ()
+    """Endings of the other members of each sample."""
     sized: bool = False
     """True if the index is to have the sizes of the images."""
 
@@ -110,15 +122,21 @@ def write_shard(job: ShardJob) -> int:
             file,
             rows=written.rows,
             shard=np.array(json.dumps(asdict(shard))),
-            content=np.array(hash_content(job.taken)),
+            content=np.array(hash_content(job.taken, job.members)),
+            **{_MEMBER_KEY + name: rows for name, rows in written.members.items()},
         )
     return len(written.rows)
 
 
-def hash_content(taken: npt.NDArray[np.void]) -> str:
-    """Return a hash of the images of a shard; it changes if one of them becomes a reject."""
+_MEMBER_KEY = "field-"
+"""Beginning of the names of the rows of fields in the facts of a shard."""
+
+
+def hash_content(taken: npt.NDArray[np.void], members: Members) -> str:
+    """Return a hash of the samples of a shard; it changes if one of them becomes a reject."""
     columns = np.stack([taken[name].astype(np.int64) for name in ("crc", "size", "label")])
-    return hashlib.sha256(columns.tobytes()).hexdigest()
+    others = np.stack([members[name].astype(np.int64) for name in ("crc", "size")])
+    return hashlib.sha256(columns.tobytes() + others.tobytes()).hexdigest()
 
 
 def fetch_shard(target: Target, split: str, number: int) -> FetchedFacts:
@@ -128,41 +146,61 @@ def fetch_shard(target: Target, split: str, number: int) -> FetchedFacts:
     return fetch_facts(target, shard_facts_name(split, number), files)
 
 
-def parse_shard(
-    fetched: FetchedFacts, taken: npt.NDArray[np.void] | None = None
-) -> tuple[Shard, Index] | None:
-    """Return a finished shard and its rows, or None if it has to be written (again).
+class WrittenShard(NamedTuple):
+    """The facts of a finished shard."""
+
+    shard: Shard
+    rows: Index
+    members: dict[str, Members]
+    """Rows of each field."""
+
+
+def parse_shard(fetched: FetchedFacts, content: str | None = None) -> WrittenShard | None:
+    """Return a finished shard, or None if it has to be written (again).
 
     Args:
         fetched: what `fetch_shard` gave; only one thread may parse, as in `chunks.parse_chunk`.
-        taken: images it should hold; None if that was checked before.
+        content: `hash_content` of what it should hold; None if that was checked before.
     """
     try:
         with np.load(io.BytesIO(fetched.content)) as arrays:
             shard = Shard(**parse_json(arrays["shard"].item()))
             rows, held = arrays["rows"], arrays["content"].item()
+            members = {
+                name.removeprefix(_MEMBER_KEY): arrays[name]
+                for name in arrays
+                if name.startswith(_MEMBER_KEY)
+            }
     except Exception:  # NumPy's reader raises anything on a damaged header
         return None
-    if taken is not None and held != hash_content(taken):
+    if content is not None and held != content:
         return None
     size, idx_size = fetched.sizes
-    return (shard, rows) if size == shard.bytes and idx_size is not None else None
+    whole = size == shard.bytes and idx_size is not None
+    return WrittenShard(shard, rows, members) if whole else None
 
 
-def _read_samples(job: ShardJob) -> Iterator[tuple[bytes, int]]:
+def _read_samples(job: ShardJob) -> Iterator[SampleContent]:
+    lengths = job.taken["size"].astype(np.int64) + job.members["size"].sum(1, dtype=np.int64)
     ranges = [
-        ByteRange(chunk_data_name(chunk), offset, size)
-        for chunk, offset, size, *_ in job.taken.tolist()
+        ByteRange(chunk_data_name(chunk), offset, length)
+        for (chunk, offset, *_), length in zip(job.taken.tolist(), lengths.tolist(), strict=True)
     ]
     found = job.target.read_ranges(ranges)
-    for row in job.taken:
+    for row, places in zip(job.taken, job.members.tolist(), strict=True):
         try:
             data = next(found)
         except FileNotFoundError as error:
             raise ChunkError(int(row["chunk"])) from error
-        if len(data) != row["size"] or isal_zlib.crc32(data) != row["crc"]:
-            raise ChunkError(int(row["chunk"]))
-        yield data, int(row["label"])
+        parts, end = [], 0
+        for size, crc in ((row["size"], row["crc"]), *((size, crc) for _, size, crc in places)):
+            part = data[end : end + int(size)]
+            end += len(part)
+            if len(part) != size or isal_zlib.crc32(part) != crc:
+                raise ChunkError(int(row["chunk"]))
+            parts.append(part)
+        members = dict(zip(job.fields, parts[1:], strict=True))
+        yield SampleContent(parts[0], int(row["label"]), members)
 
 
 @dataclass(frozen=True)
@@ -173,11 +211,17 @@ class CollectedChunks:
     """`TAKEN_DTYPE` of each row; of rejected ones all zeros."""
     packed: npt.NDArray[np.bool_]
     """bool [n]: True for each row that could be packed."""
+    members: Members
+    """`MEMBER_DTYPE` [n, fields] of each row."""
     hashes: npt.NDArray[np.uint8]
     """[n, 32] perceptual hashes of the packed rows, in the order of the rows."""
     sums: Sums
     rejects_file: Path
     rejected: int
+
+    def hash(self, rows: Places) -> str:
+        """Return `hash_content` of the shard of these rows."""
+        return hash_content(self.taken[rows], self.members[rows])
 
     def order(self, plan: BuildPlan, split: str) -> Places:
         """Return the rows of a split that are stored, in stored order."""
@@ -194,17 +238,19 @@ def collect_chunks(
         ChunkError: some are missing or damaged.
     """
     count = plan.images
-    taken = _allocate(scratch / "taken.bin", count)
+    taken = _allocate(scratch / "taken.bin", TAKEN_DTYPE, (count,))
+    members = _allocate(scratch / "members.bin", MEMBER_DTYPE, (count, len(options.members)))
     packed = np.zeros(count, np.bool_)
-    sums, rejected = Sums(options.mean_side), plan.rejected
+    sums, rejected = Sums(mean_side(options)), plan.rejected
     with (
         (scratch / "hashes.bin").open("wb") as hashes,
         (scratch / REJECTS).open("w", encoding="utf-8") as rejects,
     ):
         for listing in plan.listings:
             rejects.writelines(map(Reject.to_json_line, listing.rejects()))
-        for part, first, chunk in _read_chunks(plan, target):
+        for part, first, chunk in _read_chunks(options, plan, target):
             rows = slice(first, first + part.stop - part.start)
+            members[rows] = chunk.members
             packed[rows] = chunk.packed["packed"]
             for name in ("offset", "size", "crc", "width", "height"):
                 taken[name][rows] = chunk.packed[name]
@@ -219,6 +265,7 @@ def collect_chunks(
     return CollectedChunks(
         taken=taken,
         packed=packed,
+        members=members,
         hashes=map_file(scratch / "hashes.bin", np.dtype(np.uint8)).reshape(-1, HASH_BYTES),
         sums=sums,
         rejects_file=scratch / REJECTS,
@@ -226,7 +273,9 @@ def collect_chunks(
     )
 
 
-def _read_chunks(plan: BuildPlan, target: Target) -> Iterator[tuple[ChunkPlan, int, PackedChunk]]:
+def _read_chunks(
+    options: BuildConfig, plan: BuildPlan, target: Target
+) -> Iterator[tuple[ChunkPlan, int, PackedChunk]]:
     firsts = plan.first_rows
     damaged: list[int] = []
 
@@ -236,7 +285,8 @@ def _read_chunks(plan: BuildPlan, target: Target) -> Iterator[tuple[ChunkPlan, i
     files = read_ahead(fetch, plan.parts())
     for part, fetched in zip(plan.parts(), files, strict=True):
         try:
-            chunk = parse_chunk(fetched, part.number, part.stop - part.start)
+            images, fields = part.stop - part.start, len(options.members)
+            chunk = parse_chunk(fetched, part.number, images, fields)
         except ChunkError:
             damaged.append(part.number)
         else:
@@ -245,11 +295,13 @@ def _read_chunks(plan: BuildPlan, target: Target) -> Iterator[tuple[ChunkPlan, i
         raise ChunkError(*damaged)
 
 
-def _allocate(path: Path, count: int) -> npt.NDArray[np.void]:
+def _allocate(path: Path, dtype: np.dtype[np.void], shape: tuple[int, ...]) -> npt.NDArray[np.void]:
     """Map a new file with allocated blocks: on a full disk, a write to a sparse one is SIGBUS."""
+    if not (count := math.prod(shape)):
+        return np.zeros(shape, dtype)
     with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, count * TAKEN_DTYPE.itemsize)
-    return np.memmap(path, TAKEN_DTYPE, "r+", shape=(count,))
+        os.posix_fallocate(file.fileno(), 0, count * dtype.itemsize)
+    return np.memmap(path, dtype, "r+", shape=shape)
 
 
 def check_classes(plan: BuildPlan, collected: CollectedChunks, target: Target) -> None:
@@ -260,6 +312,8 @@ def check_classes(plan: BuildPlan, collected: CollectedChunks, target: Target) -
     """
     for split, rows in plan.orders.items():
         labels = collected.taken["label"][collected.order(plan, split)]
+        if len(labels) and not plan.classes:
+            continue
         empty = np.flatnonzero(np.bincount(labels, minlength=len(plan.classes)) == 0)
         if len(labels) == 0 or (split == "train" and len(empty)):
             what = f"class {plan.classes[empty[0]]!r}" if len(labels) else f"split {split!r}"
@@ -287,14 +341,11 @@ def seal(
     Raises:
         OSError: the target cannot be written.
     """
-    dtype = INDEX_DTYPE if options.fit == "square" else SIZED_DTYPE
-    splits = {
-        name: replace(
-            _write_index(name, count, target, dtype),
-            tables=_write_names(name, plan, target, collected, scratch),
-        )
-        for name, count in shards.items()
-    }
+    splits = {}
+    for name, count in shards.items():
+        split = _write_index(name, count, target, options, scratch)
+        names = _write_names(name, plan, target, collected, scratch)
+        splits[name] = replace(split, tables=names | split.tables)
     with (scratch / DUPLICATES).open("wb") as file:
         same = _write_duplicates(file, plan, collected)
     stats_sha256 = Statistics.from_sums(collected.sums).save(scratch)
@@ -367,25 +418,33 @@ def _write_duplicates(
     )
 
 
-def _write_index(name: str, shards: int, target: Target, dtype: np.dtype[np.void]) -> Split:
-    """Join the rows of a split's shards into its index, one shard in memory at a time."""
-    facts = tuple(shard for shard, _ in _read_shards(target, name, shards))
-    header = io.BytesIO()  # the bytes that `np.save` would write
-    np.lib.format.write_array_header_1_0(
-        header,
-        {
-            "descr": np.lib.format.dtype_to_descr(dtype),
-            "fortran_order": False,
-            "shape": (sum(shard.samples for shard in facts),),
-        },
-    )
-    rows = (rows.tobytes() for _, rows in _read_shards(target, name, shards))
-    digest = hashlib.sha256()
-    with target.create(index_name(name)) as file:
-        for data in chain([header.getvalue()], rows):
-            file.write(data)
-            digest.update(data)
-    return Split(shards=facts, index_sha256=digest.hexdigest())
+def _write_index(
+    name: str, shards: int, target: Target, options: BuildConfig, scratch: Path
+) -> Split:
+    """Join the rows of a split's shards into its index, and those of each field into its table.
+
+    One shard is in memory at a time.
+    """
+    facts = tuple(found.shard for found in _read_shards(target, name, shards))
+    samples = sum(shard.samples for shard in facts)
+    dtype = INDEX_DTYPE if options.fit == "square" else SIZED_DTYPE
+    tables = [field_table(field) for field in options.members]
+    files = [index_name(name), *(f"{name}.{table}" for table in tables)]
+    kinds = [dtype, *(MEMBER_DTYPE for _ in tables)]
+    digests = [hashlib.sha256() for _ in files]
+    with ExitStack() as stack:
+        opened = [stack.enter_context((scratch / one).open("wb")) for one in files]
+        for file, digest, kind in zip(opened, digests, kinds, strict=True):
+            write_npy_header(file, digest, kind, samples)
+        for found in _read_shards(target, name, shards):
+            parts = (found.rows, *(found.members[field] for field in options.members))
+            for file, digest, rows in zip(opened, digests, parts, strict=True):
+                file.write(rows.tobytes())
+                digest.update(rows.tobytes())
+    for one in files:
+        copy_file(scratch / one, target, one)
+    index, *others = (digest.hexdigest() for digest in digests)
+    return Split(shards=facts, index_sha256=index, tables=dict(zip(tables, others, strict=True)))
 
 
 def _write_names(
@@ -399,7 +458,7 @@ def _write_names(
     return tables
 
 
-def _read_shards(target: Target, name: str, shards: int) -> Iterator[tuple[Shard, Index]]:
+def _read_shards(target: Target, name: str, shards: int) -> Iterator[WrittenShard]:
     files = read_ahead(partial(fetch_shard, target, name), range(shards))
     for number, fetched in enumerate(files):
         done = parse_shard(fetched)

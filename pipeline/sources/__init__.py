@@ -32,6 +32,7 @@ from pipeline.sources.listing import (
     Listing,
     ListingWriter,
     Reject,
+    SourceReader,
     Unreadable,
 )
 from pipeline.sources.readers import open_reader
@@ -42,6 +43,7 @@ __all__ = [
     "Listing",
     "ListingWriter",
     "Reject",
+    "SourceReader",
     "Unreadable",
     "find_other_splits",
     "open_reader",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -31,10 +32,12 @@ from pipeline.sources.names import (
     TAR,
     describe_no_image,
     is_archive,
+    is_document,
     is_hidden,
     is_image,
     is_system,
     is_tar,
+    member_name,
 )
 from pipeline.sources.tars import ImageBuffer, get_class, open_tar, select_files
 from pipeline.tools.errors import UsageError
@@ -89,18 +92,37 @@ def add_folder(folder: Path, class_name: str, writer: ListingWriter) -> None:
         UsageError: a folder cannot be read.
     """
     for path, inside in _walk(os.path.abspath(folder)):
-        images = []
-        for name in inside.files:
-            if is_image(name):
-                images.append(name)
-            else:
-                writer.reject(f"{path}/{name}", describe_no_image(name))
+        images = _select_images(path, inside.files, writer)
         for name in inside.other:
             writer.reject(f"{path}/{name}", NO_FILE)
         for name in inside.hidden:
             writer.reject(f"{path}/{name}", HIDDEN)
         if images:
             writer.add(writer.container("folder", path), class_name, images)
+
+
+def _select_images(path: str, files: list[str], writer: ListingWriter) -> list[str]:
+    """Return the images among the files of a folder that have all their members beside them."""
+    endings = tuple(f".{field}" for field in writer.fields)
+    members = {name for name in files if name.endswith(endings)}
+    images, used = [], set[str]()
+    for name in files:
+        if name in members:
+            continue
+        if is_image(name):
+            beside = [member_name(name, field) for field in writer.fields]
+            used.update(beside)
+            if lacking := [one for one in beside if one not in members]:
+                writer.reject(f"{path}/{name}", f"it has no {lacking[0]} beside it")
+            else:
+                images.append(name)
+        elif not writer.labelled and is_document(name):
+            writer.ignore(Counter([f".{name.rpartition('.')[2]}"]), f"{path}/{name}")
+        else:
+            writer.reject(f"{path}/{name}", describe_no_image(name))
+    for name in sorted(members - used):
+        writer.reject(f"{path}/{name}", "no image of its name is beside it")
+    return images
 
 
 def find_image_below(

@@ -29,6 +29,9 @@ ROW_DTYPE = np.dtype([("container", "<u4"), ("label", "<i4"), ("place", "<u8"), 
 `place` is an offset in a tar, a row of a parquet file, and 0 for a file in a folder. `size` is
 `WHOLE_FILE` where only the container knows it."""
 
+MEMBER_PLACE = np.dtype([("place", "<u8"), ("size", "<i8")])
+"""Another member of a sample: its place in the container and its size, as in `ROW_DTYPE`."""
+
 _HASH_DTYPE = np.dtype([("hash", "<i8"), ("row", "<u8")])
 """Hash of the container and the name of an image, and its row."""
 _VALUE = re.compile(r"'[^']*'|[0-9][0-9,.]*")
@@ -94,6 +97,12 @@ class SourceReader(Protocol):
             OSError: the container disappeared or became shorter.
         """
 
+    def read_member(self, field: str, name: str, place: int, size: int) -> bytes:
+        """Return another member of the sample of image `name`: its `.field`; raises as `read`.
+
+        Place and size are those of the member.
+        """
+
     def close(self) -> None:
         """Close the container."""
 
@@ -128,8 +137,10 @@ class Listing:
     """`ROW_DTYPE` [n]"""
     names: Names
     """Name of each image inside its container; messages use `full_name`."""
+    members: npt.NDArray[np.void]
+    """`MEMBER_PLACE` [n, fields]: places of the other members of each sample."""
     classes: tuple[str, ...]
-    """A label is a place in this list."""
+    """A label is a place in this list; empty without labels, which are -1 then."""
     titles: tuple[str, ...] | None
     """Readable names of the classes, if the source has them."""
     rejects_file: Path
@@ -159,8 +170,18 @@ class ListingWriter:
     `add` is called once a folder, a tar or a row group, not once an image.
     """
 
-    def __init__(self, scratch: Path, source: str) -> None:
-        """Write into `scratch`, a folder for this writer alone; created if missing."""
+    def __init__(
+        self, scratch: Path, source: str, fields: Sequence[str] = (), labelled: bool = True
+    ) -> None:
+        """Begin an empty listing.
+
+        Args:
+            scratch: folder for this writer alone; created if missing.
+            source: path or address as the user named it.
+            fields: other members of each sample that are listed, too.
+            labelled: False for images without classes.
+        """
+        self.fields, self.labelled = tuple(fields), labelled
         scratch.mkdir(parents=True, exist_ok=True)
         self._scratch, self._source = scratch, source
         self._containers: list[Container] = []
@@ -169,6 +190,7 @@ class ListingWriter:
         self._text = (scratch / "names.bin").open("w+b")
         self._ends = (scratch / "ends.bin").open("w+b")
         self._hashes = (scratch / "hashes.bin").open("w+b")
+        self._members = (scratch / "members.bin").open("w+b")
         self._rejects = (scratch / "rejects.jsonl").open("w", encoding="utf-8")
         self._ignored: Counter[str] = Counter()
         self._ignored_example = ""
@@ -193,6 +215,7 @@ class ListingWriter:
         places: Sequence[int] | None = None,
         sizes: Sequence[int] | None = None,
         replace: bool = False,
+        members: Sequence[Sequence[tuple[int, int]]] | None = None,
     ) -> None:
         """Add images of one container, in the order in which they lie there.
 
@@ -204,6 +227,8 @@ class ListingWriter:
             sizes: bytes of each; None where only the container knows them.
             replace: whether a later image of the same name in the container replaces an earlier
                 one; else all names are unique.
+            members: place and size of each of the `fields` of each image; None where its name or
+                place is enough to find them.
         """
         if replace:
             hashes = np.zeros(len(names), _HASH_DTYPE)
@@ -224,6 +249,12 @@ class ListingWriter:
         self._rows.write(rows.tobytes())
         self._text.write(b"".join(encoded))
         self._ends.write(ends.tobytes())
+        if self.fields:
+            found = np.zeros((len(names), len(self.fields)), MEMBER_PLACE)
+            found["size"] = WHOLE_FILE
+            if members is not None and names:
+                found[...] = members
+            self._members.write(found.tobytes())
         self.images += len(names)
         self._end = int(ends[-1]) if len(ends) else self._end
 
@@ -264,33 +295,50 @@ class ListingWriter:
             UsageError: no images, fewer than two classes, an unknown class, one without
                 images (unless `classes` is given), or one whose name is no text.
         """
-        for file in (self._rows, self._text, self._ends, self._hashes, self._rejects):
+        for file in (
+            self._rows, self._text, self._ends, self._hashes, self._members, self._rejects,
+        ):  # fmt: skip
             file.close()
         self._drop_replaced()
+        if not self.labelled:
+            return self._finish_unlabelled()
         found = sort_classes(self._classes)
         names = tuple(classes) if classes is not None else tuple(found)
         known = Classes(names)
         self._check(known, found)
         rows_file = self._scratch / "rows.bin"
         table = np.array([known.find_number(name) for name in self._classes], np.int32)
-        counts = _relabel(rows_file, table, len(names))
-        for name, place in zip(self._classes, table, strict=True):
-            if counts[place] == 0:
+        counts = _relabel(rows_file, table)
+        for name, count in zip(self._classes, counts.tolist(), strict=True):
+            if count == 0:
                 why = self.summarize_rejects(f"/{name}/", f"/{name}.tar/")
                 raise UsageError(
                     f"class {name!r} of source {self._source} has no images that can be packed "
                     f"(rejected: {why}); add some or remove it"
                 )
+        return self._make_listing(names, None if titles is None else tuple(titles))
+
+    def _finish_unlabelled(self) -> Listing:
+        """Return the listing of images without classes, each with label -1."""
+        if not self.images:
+            why = f" (rejected: {self.summarize_rejects()})" if self.rejected else ""
+            raise UsageError(f"source {self._source} holds no images{why}")
+        _relabel(self._scratch / "rows.bin", np.full(len(self._classes), -1, np.int32))
+        return self._make_listing((), None)
+
+    def _make_listing(self, classes: tuple[str, ...], titles: tuple[str, ...] | None) -> Listing:
+        members = map_file(self._scratch / "members.bin", MEMBER_PLACE)
         return Listing(
             source=self._source,
             containers=tuple(self._containers),
-            rows=map_file(rows_file, ROW_DTYPE),
+            rows=map_file(self._scratch / "rows.bin", ROW_DTYPE),
             names=Names(
                 map_file(self._scratch / "names.bin", np.dtype(np.uint8)),
                 map_file(self._scratch / "ends.bin", np.dtype(np.uint64)),
             ),
-            classes=names,
-            titles=None if titles is None else tuple(titles),
+            members=members.reshape(self.images, len(self.fields)),
+            classes=classes,
+            titles=titles,
             rejects_file=self._scratch / "rejects.jsonl",
             rejected=self.rejected,
             notes=(*self.notes, *self._describe_ignored()),
@@ -313,6 +361,7 @@ class ListingWriter:
         twice = order[1:][order[1:] == order[:-1]]
         if not len(twice):
             return
+        assert not self.fields  # no kind of source that may have them replaces images
         rows = np.fromfile(paths[0], ROW_DTYPE)
         text, ends = np.fromfile(paths[1], np.uint8), np.fromfile(paths[2], np.uint64)
         names, last = Names(text, ends), dict[tuple[int, str], int]()
@@ -377,13 +426,17 @@ ROWS_AT_A_TIME = 1 << 20
 """Rows handled at a time where a whole column would be large."""
 
 
-def _relabel(path: Path, table: npt.NDArray[np.int32], count: int) -> npt.NDArray[np.int64]:
-    """Turn labels, places among the classes as seen, into those in `table`; count each."""
-    counts = np.zeros(count, np.int64)
+def _relabel(path: Path, table: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+    """Turn labels, places among the classes as seen, into those in `table`.
+
+    Returns:
+        the number of images of each class as seen.
+    """
+    counts = np.zeros(len(table), np.int64)
     with path.open("r+b") as file:  # not mapped: its pages would count as our memory
         while len(rows := np.fromfile(file, ROW_DTYPE, ROWS_AT_A_TIME)):
+            counts += np.bincount(rows["label"], minlength=len(table))
             rows["label"] = table[rows["label"]]
-            counts += np.bincount(rows["label"], minlength=count)
             file.seek(-rows.nbytes, 1)
             rows.tofile(file)
             file.flush()

@@ -100,6 +100,11 @@ def describe_no_image(name: str) -> str:
     return ARCHIVE if is_archive(name) else NO_IMAGE
 
 
+def member_name(image: str, field: str) -> str:
+    """Return the name of the file beside an image that is its member: `1.seg.png` of `1.jpg`."""
+    return f"{image.rpartition('.')[0]}.{field}"
+
+
 def is_class(word: str) -> bool:
     """Return whether a list may name a class so: no path, and no number of unknown meaning."""
     return word.isprintable() and "/" not in word and word.strip(".0123456789") != ""

@@ -8,9 +8,11 @@ whose names the schema's metadata may hold (`ClassLabel`), or text.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,7 +20,7 @@ from pipeline.dataset.samples import parse_text
 from pipeline.dataset.tar import escape
 from pipeline.remote.filesystem import RetryPolicy, Unreachable, is_remote
 from pipeline.sources.classes import LabelMapper
-from pipeline.sources.listing import Listing, ListingWriter
+from pipeline.sources.listing import WHOLE_FILE, Listing, ListingWriter, Unreadable
 from pipeline.sources.paths import find_files, open_file, read_small, scan_each, select_split
 from pipeline.tools.errors import UsageError, summarize_error
 from pipeline.tools.files import describe_foreign
@@ -49,16 +51,23 @@ DAMAGE = (OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError)
 changing bytes of good ones."""
 
 
+class ParquetColumn(NamedTuple):
+    """A column whose values are bytes."""
+
+    name: str
+    in_struct: bool
+    """True if the column is `struct<bytes, ...>`, not the bytes themselves."""
+
+
 @dataclass(frozen=True)
 class ParquetColumns:
     """Columns of a file that hold images and labels."""
 
     image: str
-    in_struct: bool
-    """True if the column is `struct<bytes, ...>`, not the bytes themselves."""
     has_path: bool
-    """True if the struct has a `path` that is text."""
-    label: str
+    """True if the column of images is a struct with a `path` that is text."""
+    label: str | None
+    """None where labels are not asked for."""
     numbers: bool
     """True if labels are numbers, not text."""
     names: tuple[str, ...] | None
@@ -95,8 +104,79 @@ def open_parquet(address: str, policy: RetryPolicy | None = None) -> tuple[pq.Pa
     return file, size
 
 
-def find_columns(file: pq.ParquetFile, address: str) -> ParquetColumns:
-    """Return the columns that hold images and labels.
+def find_image_column(file: pq.ParquetFile, address: str) -> ParquetColumn:
+    """Return the column that holds images.
+
+    Raises:
+        UsageError: there is none; the message lists the columns of the file.
+    """
+    schema = file.schema_arrow
+    fields = {field.name: field for field in schema}
+    image = _find_field(IMAGES, fields, _features(schema), "Image", _holds_bytes)
+    if image is None:
+        raise _column_error(schema, address, f"images ({BYTES}), such as {IMAGES[0]!r}")
+    return ParquetColumn(image.name, image.type.num_fields > 0)  # plain bytes have none
+
+
+BYTES = "struct<bytes, path> or binary"
+
+
+def _column_error(schema: pa.Schema, address: str, lacks: str) -> UsageError:
+    # The type of a column may be as long as its writer wants.
+    there = ", ".join(f"{field.name} ({str(field.type)[:60]})" for field in schema)[:300]
+    return UsageError(
+        f"parquet file {hide_credentials(address)} has no column of {lacks}; its columns: {there!r}"
+    )
+
+
+def find_member_columns(
+    file: pq.ParquetFile, address: str, fields: Sequence[str]
+) -> dict[str, ParquetColumn]:
+    """Return the column of each field: `caption.txt` is column `caption.txt`, or else `caption`.
+
+    Raises:
+        UsageError: there is none, or its values are neither bytes nor text, and the field is no
+            `.json`.
+    """
+    schema, found = file.schema_arrow, {}
+    for name in fields:
+        stem, _, kind = name.rpartition(".")
+        place = max(schema.get_field_index(one) for one in (name, stem))
+        if place < 0:
+            wanted = f"the field {name!r}, {name!r}" + (f" or {stem!r}" if stem else "")
+            raise _column_error(schema, address, wanted)
+        column = schema.field(place)
+        if not (_holds_bytes(column.type) or _is_text(column.type) or kind == "json"):
+            raise UsageError(
+                f"parquet file {hide_credentials(address)} has {str(column.type)[:60]} in column "
+                f"{column.name!r}; a field is {BYTES}, text, or by an ending .json any value: "
+                f"{column.name}.json"
+            )
+        in_struct = _holds_bytes(column.type) and column.type.num_fields > 0
+        found[name] = ParquetColumn(column.name, in_struct)
+    return found
+
+
+def encode_value(value: Any) -> bytes:
+    """Return a value of a column as the content of a member: bytes, text as UTF-8, else JSON.
+
+    Raises:
+        Unreadable: it is null, or a value that JSON has no form for.
+    """
+    if value is None:
+        raise Unreadable("empty row")
+    if isinstance(value, bytes):
+        return value
+    try:
+        return (value if isinstance(value, str) else json.dumps(value, allow_nan=False)).encode()
+    except (TypeError, ValueError) as error:  # dates, bytes in a struct
+        raise Unreadable(f"no value for JSON ({summarize_error(error)})") from error
+
+
+def find_columns(
+    file: pq.ParquetFile, address: str, fields: Sequence[str] = (), labelled: bool = True
+) -> ParquetColumns:
+    """Return the columns that hold images and labels, after looking for those of the fields.
 
     Raises:
         UsageError: there are none; the message lists the columns of the file.
@@ -108,28 +188,23 @@ def find_columns(file: pq.ParquetFile, address: str) -> ParquetColumns:
 
     schema = file.schema_arrow
     features = _features(schema)
-    fields = {field.name: field for field in schema}
-    image = _find_field(IMAGES, fields, features, "Image", _holds_bytes)
-    label = _find_field(LABELS, fields, features, "ClassLabel", is_label)
+    columns = {field.name: field for field in schema}
+    image = columns[find_image_column(file, address).name]
+    find_member_columns(file, address, fields)
+    has_path = image.type.num_fields > 0 and image.type.get_field_index("path") >= 0
+    has_path = has_path and _is_text(image.type.field("path").type)
+    if not labelled:
+        return ParquetColumns(image.name, has_path, label=None, numbers=False, names=None)
+    label = _find_field(LABELS, columns, features, "ClassLabel", is_label)
     if label is None:
-        label = _find_field(LABELS, fields, features, "ClassLabel", pa.types.is_floating)
-    if image is None or label is None:
-        lacks = "images (struct<bytes, path> or binary)" if image is None else "labels"
-        known = IMAGES if image is None else LABELS
-        # The type of a column may be as long as its writer wants.
-        there = ", ".join(f"{field.name} ({str(field.type)[:60]})" for field in schema)[:300]
-        raise UsageError(
-            f"parquet file {hide_credentials(address)} has no column of {lacks}, such as "
-            f"{known[0]!r}; its columns: {there!r}"
-        )
-    in_struct = image.type.num_fields > 0  # plain bytes have none
-    has_path = in_struct and image.type.get_field_index("path") >= 0
+        label = _find_field(LABELS, columns, features, "ClassLabel", pa.types.is_floating)
+    if label is None:
+        raise _column_error(schema, address, f"labels, such as {LABELS[0]!r}")
     names = features.get(label.name, {}).get("names")
     is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
     return ParquetColumns(
         image=image.name,
-        in_struct=in_struct,
-        has_path=has_path and _is_text(image.type.field("path").type),
+        has_path=has_path,
         label=label.name,
         numbers=not _is_text(label.type),
         names=tuple(names) if names and is_list else None,
@@ -187,8 +262,9 @@ class _LabelRows(NamedTuple):
     address: str
     first: int
     names: list[str]
-    labels: Sequence[int | str | float | None]
-    """Numbers from 0, or words; None without a label, a float that is no whole number."""
+    labels: Sequence[int | str | float | None] | None
+    """Numbers from 0, or words; None without a label, a float that is no whole number. None where
+    labels are not asked for."""
     columns: ParquetColumns
 
 
@@ -245,7 +321,12 @@ def scan_parquet(
     )
     labels: LabelMapper | None = None
     names: tuple[str, ...] | None = None
-    for rows in scan_each(addresses, _scan_file, is_remote(source)):
+    scan_file = partial(_scan_file, fields=writer.fields, labelled=writer.labelled)
+    for rows in scan_each(addresses, scan_file, is_remote(source)):
+        if rows.labels is None:
+            places = range(rows.first, rows.first + len(rows.names))
+            _add_members(rows, writer, "", rows.names, places)
+            continue
         if labels is None:
             names = rows.columns.names
             labels = LabelMapper(source, names, classes, titles=names, numbered=numbered)
@@ -255,11 +336,14 @@ def scan_parquet(
                 f"{hide_credentials(addresses[0])}; take files of one set"
             )
         _add(rows, writer, labels)
+    if not writer.labelled:
+        return writer.finish()
     return (labels or LabelMapper(source, None, classes)).finish(writer)
 
 
 def _add(rows: _LabelRows, writer: ListingWriter, labels: LabelMapper) -> None:
-    classes, names, places = [], [], []
+    classes, names, places = list[str](), list[str](), list[int]()
+    assert rows.labels is not None
     for place, (name, label) in enumerate(zip(rows.names, rows.labels, strict=True), rows.first):
         if label is None or isinstance(label, float):
             what = "" if label is None else f": {label:g} is no whole number"
@@ -268,15 +352,30 @@ def _add(rows: _LabelRows, writer: ListingWriter, labels: LabelMapper) -> None:
         classes.append(labels.find_class(label, f"{rows.address} row {place}"))
         names.append(name)
         places.append(place)
-    writer.add(writer.container("parquet", rows.address), classes, names, places)
+    _add_members(rows, writer, classes, names, places)
 
 
-def _scan_file(address: str) -> Iterator[_LabelRows]:
+def _add_members(
+    rows: _LabelRows,
+    writer: ListingWriter,
+    classes: str | Sequence[str],
+    names: Sequence[str],
+    places: Sequence[int],
+) -> None:
+    """Add images with their members, which lie in the same rows."""
+    members = [[(place, WHOLE_FILE)] * len(writer.fields) for place in places]
+    container = writer.container("parquet", rows.address)
+    writer.add(container, classes, names, places, members=members)
+
+
+def _scan_file(
+    address: str, fields: Sequence[str] = (), labelled: bool = True
+) -> Iterator[_LabelRows]:
     """Yield the labels of a file, `ROWS` at a time."""
     import pyarrow as pa
 
     try:
-        yield from _read_rows(address)
+        yield from _read_rows(address, fields, labelled)
     except Unreachable:
         raise
     except (pa.ArrowException, *DAMAGE) as error:
@@ -287,16 +386,24 @@ def _scan_file(address: str) -> Iterator[_LabelRows]:
         ) from error
 
 
-def _read_rows(address: str) -> Iterator[_LabelRows]:
+def _read_rows(address: str, fields: Sequence[str], labelled: bool) -> Iterator[_LabelRows]:
     file, _ = open_parquet(address)
     try:
-        columns = find_columns(file, address)
-        wanted = [columns.label, *([f"{columns.image}.path"] if columns.has_path else [])]
+        columns = find_columns(file, address, fields, labelled)
+        wanted = [columns.label] if columns.label else []
+        wanted += [f"{columns.image}.path"] if columns.has_path else []
         seen: set[int] = set()
         first = 0
+        if not wanted:  # images alone: nothing of them is read yet
+            count = file.metadata.num_rows
+            for first in range(0, count, ROWS):
+                rows = range(first, min(first + ROWS, count))
+                yield _LabelRows(address, first, [f"row-{row:06d}" for row in rows], None, columns)
+            return
         for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
             names = _make_names(batch, columns, first, seen)
-            yield _LabelRows(address, first, names, _read_labels(batch, columns), columns)
+            labels = _read_labels(batch, columns) if columns.label else None
+            yield _LabelRows(address, first, names, labels, columns)
             first += batch.num_rows
         if first != file.metadata.num_rows:
             raise OSError(f"{first} rows instead of {file.metadata.num_rows}")

@@ -6,7 +6,7 @@ import errno
 import itertools
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,14 @@ import numpy as np
 from pipeline.dataset.tar import ENCODING, escape
 from pipeline.remote.filesystem import RetryPolicy, Unreachable
 from pipeline.sources.listing import Container, SourceReader, Unreadable, refuse_if_too_large
-from pipeline.sources.parquet import DAMAGE, find_columns, open_parquet
+from pipeline.sources.names import member_name
+from pipeline.sources.parquet import (
+    DAMAGE,
+    encode_value,
+    find_image_column,
+    find_member_columns,
+    open_parquet,
+)
 from pipeline.sources.paths import open_file
 from pipeline.tools.errors import summarize_error
 from pipeline.tools.processes import limit_memory
@@ -34,17 +41,20 @@ SPARE_MEMORY, UNPACKED_TIMES = 1 << 30, 8
 class ParquetReader:
     """Rows of a parquet file.
 
-    Only the column of images is read, and of it only the pages that lie between the beginning of
-    a row group and the row wanted. Going back begins the row group anew. In memory are a batch and
-    a few pages; a page holds at most 1,024 rows as pyarrow writes them, or the row group.
+    Only the columns of images and of the fields are read, and of them only the pages that lie
+    between the beginning of a row group and the row wanted. Going back begins the row group anew.
+    In memory are a batch and a few pages; a page holds at most 1,024 rows as pyarrow writes them,
+    or the row group.
     """
 
-    def __init__(self, address: str, policy: RetryPolicy | None = None) -> None:
-        """Read the footer of the file.
+    def __init__(
+        self, address: str, policy: RetryPolicy | None = None, fields: Sequence[str] = ()
+    ) -> None:
+        """Read the footer of the file; `fields` are the other members that will be read.
 
         Raises:
             OSError: the file is missing, or no parquet file.
-            UsageError: it has no images.
+            UsageError: it has no images, or no column of a field.
         """
         import pyarrow as pa
 
@@ -56,7 +66,8 @@ class ParquetReader:
                 raise
             what = summarize_error(error)[:200]
             raise OSError(f"{address} is no whole parquet file ({what})") from error
-        self._columns = find_columns(self._file, address)
+        self._image = find_image_column(self._file, address)
+        self._fields = find_member_columns(self._file, address, fields)
         self._memory = SPARE_MEMORY + UNPACKED_TIMES * size
         meta = self._file.metadata
         rows = (meta.row_group(group).num_rows for group in range(meta.num_row_groups))
@@ -65,13 +76,29 @@ class ParquetReader:
         self._group = -1
         self._batches: Iterator[pa.RecordBatch] = iter(())
         self._first, self._rows = 0, 0
-        self._bytes: Any = None
-        """Images of the rows `_first` to `_first + _rows`."""
+        self._batch: pa.RecordBatch | None = None
+        """Rows `_first` to `_first + _rows`."""
         self._damage: str | None = None
         """Reason why the rest of the row group cannot be read."""
 
     def read(self, name: str, place: int, size: int) -> bytes:
         """Return the bytes of the image in row `place`; see `SourceReader`."""
+        column = self._find_values(self._image.name, self._image.in_struct, place)
+        value = column[place - self._first]
+        if not value.is_valid or not (found := value.as_buffer()) or not found.size:
+            raise Unreadable("empty row: its bytes are null, as where only a path is stored")
+        refuse_if_too_large(found.size)
+        data: bytes = found.to_pybytes()
+        return data
+
+    def read_member(self, field: str, name: str, place: int, size: int) -> bytes:
+        """Return the value of a field in row `place`, as `encode_value` has it."""
+        column = self._fields[field]
+        values = self._find_values(column.name, column.in_struct, place)
+        return encode_value(values[place - self._first].as_py())
+
+    def _find_values(self, column: str, in_struct: bool, place: int) -> Any:
+        """Return a column of the batch that has row `place`."""
         if place >= self._starts[-1]:
             raise OSError(f"{self._address} has {self._starts[-1]} rows, not row {place}")
         group = int(np.searchsorted(self._starts, place, side="right")) - 1
@@ -79,16 +106,14 @@ class ParquetReader:
             self._begin(group)
         while place >= self._first + self._rows:
             self._next()
-        value = self._bytes[place - self._first]
-        if not value.is_valid or not (found := value.as_buffer()) or not found.size:
-            raise Unreadable("empty row: its bytes are null, as where only a path is stored")
-        refuse_if_too_large(found.size)
-        data: bytes = found.to_pybytes()
-        return data
+        assert self._batch is not None
+        values = self._batch.column(self._batch.schema.get_field_index(column))
+        # `flatten` knows that a null struct has no bytes, its child does not.
+        return values.flatten()[0] if in_struct else values
 
     def close(self) -> None:
         """Close the file."""
-        self._batches, self._bytes = iter(()), None
+        self._batches, self._batch = iter(()), None
         self._file.close(force=True)
 
     def _begin(self, group: int) -> None:
@@ -96,28 +121,26 @@ class ParquetReader:
         meta = self._file.metadata.row_group(group)
         mean = max(1, meta.total_byte_size // max(1, meta.num_rows))
         self._group, self._first, self._rows = group, int(self._starts[group]), 0
-        self._damage, self._bytes, column = None, None, self._columns.image
+        self._damage, self._batch = None, None
+        columns = dict.fromkeys((self._image, *self._fields.values()))
         self._batches = self._file.iter_batches(
             batch_size=max(1, min(MOST_ROWS, BATCH_BYTES // mean)),
             row_groups=[group],
-            columns=[f"{column}.bytes" if self._columns.in_struct else column],
+            columns=[f"{one.name}.bytes" if one.in_struct else one.name for one in columns],
             use_threads=False,
         )
 
     def _next(self) -> None:
         import pyarrow as pa
 
-        self._bytes = None  # before the next rows are read: one batch in memory, not two
+        self._batch = None  # before the next rows are read: one batch in memory, not two
         if self._damage is None:
             try:
                 with limit_memory(self._memory):  # pages may be larger than the footer says
                     batch = next(self._batches, None)
                 if batch is not None:
                     self._first += self._rows
-                    self._rows = batch.num_rows
-                    column = batch.column(0)
-                    # `flatten` knows that a null struct has no bytes, its child does not.
-                    self._bytes = column.flatten()[0] if self._columns.in_struct else column
+                    self._rows, self._batch = batch.num_rows, batch
                     return
                 self._damage = "its row group ends before it"
             except (pa.ArrowException, *DAMAGE) as error:
@@ -131,18 +154,21 @@ class ParquetReader:
 _SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN)
 
 
-def open_reader(container: Container, policy: RetryPolicy | None = None) -> SourceReader:
+def open_reader(
+    container: Container, policy: RetryPolicy | None = None, fields: Sequence[str] = ()
+) -> SourceReader:
     """Open a container of images.
 
     Args:
         container: container of a `Listing`.
         policy: tries and timeouts if it is in a store.
+        fields: other members of the samples that will be read.
 
     Raises:
         OSError: the container is missing, or of another kind than it was.
     """
     if container.kind == "parquet":
-        return ParquetReader(container.address, policy)
+        return ParquetReader(container.address, policy, fields)
     if container.kind == "folder":
         return FolderReader(container.address)
     return TarReader(container.address, policy)
@@ -177,6 +203,10 @@ class FolderReader:
             raise Unreadable(f"cannot be read: {error.strerror}") from error
         except ValueError as error:  # a zero byte in a name
             raise Unreadable(f"cannot be read: {error}") from error
+
+    def read_member(self, field: str, name: str, place: int, size: int) -> bytes:
+        """Return the file beside image `name` that has its name and the ending `field`."""
+        return self.read(member_name(name, field), place, size)
 
     def close(self) -> None:
         """Do nothing: no file is open."""
@@ -222,6 +252,10 @@ class TarReader:
         if len(data) != size:
             raise OSError(f"{self._address} ends inside {escape(name)}")
         return data
+
+    def read_member(self, field: str, name: str, place: int, size: int) -> bytes:
+        """Return `size` bytes at `place`."""
+        return self.read(name, place, size)
 
     def close(self) -> None:
         """Close the tar."""

@@ -66,6 +66,8 @@ def scan(
     classes: Sequence[str] | None = None,
     labels: str | None = None,
     numbered: bool = False,
+    fields: Sequence[str] = (),
+    labelled: bool = True,
 ) -> Listing:
     """List the images of a source without opening them.
 
@@ -78,13 +80,16 @@ def scan(
             without it the sorted class names of `source` become the list.
         labels: file with the classes of unsorted images; by default searched beside them.
         numbered: `Listing.numbered` of the training split.
+        fields: other members of each sample, which are listed with it.
+        labelled: False for images without classes: all in or below a folder, in tars, or in parquet
+            files.
 
     Raises:
         UsageError: nothing there, no classes, a class without images, an unknown class, no
             labels where some are needed, or an archive that cannot be read.
     """
     source = strip_file_scheme(source)
-    writer = ListingWriter(scratch, source)
+    writer = ListingWriter(scratch, source, fields, labelled)
     try:
         return _scan_any(source, writer, split, classes, labels, numbered)
     except UsageError as error:
@@ -119,6 +124,10 @@ def _scan_any(
             "or .json); fetch it first, and name the local copy"
         )
     path = find_split(Path(source), split)
+    if not writer.labelled and path.is_dir():
+        writer.kind = "a folder of images without labels"
+        add_folder(path, "", writer)
+        return writer.finish()
     # What lies in the part may be of another kind than what lies around it.
     if path != Path(source):
         if path.is_dir():
@@ -201,8 +210,9 @@ def _scan_labelled(
     numbered: bool,
 ) -> Listing | None:
     """List a source of parquet files or WebDataset shards; None if it is neither."""
-    in_parquet, in_shards = is_parquet(source), is_webdataset(source, split)
     parquet, shards = find_files(source, PARQUET), find_files(source, TAR)
+    in_parquet = is_parquet(source)
+    in_shards = is_webdataset(source, split) if writer.labelled else shards is not None
     if in_parquet and in_shards and parquet and shards:
         raise _mixed_error(
             source,
@@ -260,9 +270,13 @@ def _scan_local(
     source: Path, writer: ListingWriter, classes: Sequence[str] | None, labels: str | None
 ) -> Listing:
     """List folders and tars."""
+    if not writer.labelled:
+        raise UsageError(f"source {escape(str(source))} is neither a folder, nor a tar or parquet")
     one_tar = source.is_file()
     loose = find_loose_in_tar(source) if one_tar else find_loose_in_folder(source)
     titles: dict[str, str] = {}
+    if writer.fields and (loose is not None or one_tar):
+        raise _fields_error(source, writer)
     if loose is not None:
         truth = read_labels(source, loose, labels)
         titles, writer.kind = truth.titles, "unsorted images with a list of their labels"
@@ -278,6 +292,13 @@ def _scan_local(
     return replace(listing, titles=tuple(titles.get(name, name) for name in listing.classes))
 
 
+def _fields_error(source: Path, writer: ListingWriter) -> UsageError:
+    return UsageError(
+        f"source {escape(str(source))} has no .{writer.fields[0]} beside each image; other members "
+        "come from folders of classes, WebDataset shards and parquet files"
+    )
+
+
 def _add_classes(source: Path, writer: ListingWriter) -> None:
     """Add a folder that holds a folder or a tar per class."""
     writer.kind = "a folder of classes"
@@ -286,6 +307,8 @@ def _add_classes(source: Path, writer: ListingWriter) -> None:
     _check_files(source, inside, tars, writer)
     places = [(name, name) for name in inside.folders if not is_kit_name(name)]
     places += [(name[: -len(TAR)], name) for name in tars]
+    if tars and writer.fields:
+        raise _fields_error(source, writer)
     if not places:
         raise UsageError(
             f"source {escape(str(source))} is empty; "

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import NamedTuple
 
+from pipeline.dataset.members import find_member
 from pipeline.dataset.samples import (
     IMAGE_KINDS,
     MAX_LABEL_BYTES,
@@ -68,8 +70,11 @@ class _LabelledImage(NamedTuple):
     name: str
     offset: int
     size: int
-    label: int | str
+    label: int | str | None
+    """None where labels are not asked for."""
     title: str | None
+    members: list[tuple[int, int]]
+    """Offset and size of each field."""
 
 
 @dataclass
@@ -203,7 +208,8 @@ def scan_webdataset(
     addresses, labels = _select_shards(files, source, split, classes, numbered, writer)
     titles: dict[int, str] = {}
     repeated, example = 0, ""
-    for part in scan_each(addresses, _scan_shard, is_remote(source)):
+    scan_shard = partial(_scan_shard, fields=writer.fields, labelled=writer.labelled)
+    for part in scan_each(addresses, scan_shard, is_remote(source)):
         _add_part(part, writer, labels, titles)
         writer.ignore(part.ignored, part.example)
         repeated, example = repeated + part.repeated, example or part.repeated_example
@@ -212,7 +218,7 @@ def scan_webdataset(
             f"{repeated:,} {'image has' if repeated == 1 else 'images have'} the name of one "
             f"before in the same shard; each is a sample of its own (as {example})"
         )
-    return labels.finish(writer, titles)
+    return labels.finish(writer, titles) if writer.labelled else writer.finish()
 
 
 def _select_shards(
@@ -268,6 +274,9 @@ def _add_part(
     """Add a part of a shard to the listing, and the readable names of numbers to `titles`."""
     kept, classes = [], []
     for image in part.images:
+        if image.label is None:
+            kept.append(image)
+            continue
         if (reason := labels.why_unfit(image.label)) is not None:
             part.reject(image.name, reason)
             continue
@@ -277,16 +286,19 @@ def _add_part(
         kept.append(image)
     writer.add(
         writer.container("tar", part.address),
-        classes,
+        classes if writer.labelled else "",
         [image.name for image in kept],
         [image.offset for image in kept],
         [image.size for image in kept],
+        members=[image.members for image in kept],
     )
     for reject in part.rejects:
         writer.reject(*reject)
 
 
-def _scan_shard(address: str) -> Iterator[_ShardPart]:
+def _scan_shard(
+    address: str, fields: Sequence[str] = (), labelled: bool = True
+) -> Iterator[_ShardPart]:
     """Yield the samples of a shard, `SAMPLES` at a time."""
     part = _ShardPart(address)
     seen: set[int] = set()
@@ -300,21 +312,27 @@ def _scan_shard(address: str) -> Iterator[_ShardPart]:
     with open_file(address) as file:
         members = read_members(file, address)
         for sample in group_samples(members, lambda one: part.skip(one)):  # noqa: B023 - the last
+            own = sample.without(fields) if fields else sample
             try:
-                image, found = sample.find_image(), find_label(sample, read)
+                image = own.find_image()
+                found = find_label(sample, read) if labelled else None
+                members = [find_member(sample, name) for name in fields]
             except UnfitSample as error:
-                names = _name_unfit(sample, read)
+                names = _name_unfit(own, read, labelled)
                 unfit += [(name, sample.key, error) for name in names]
                 part.ignore(() if names else sample.parts)
                 if len(unfit) >= SAMPLES * 16:
                     part.reject_unfit(unfit)
                     unfit = []
                 continue
-            title, used = found.title, [image, found.file]
-            if titled and title is None:
-                title, record = _read_title(sample, found, read)
-                titled = record is None or title is not None
-                used += [record] if record and title else []
+            label, title, used = None, None, [image, *members]
+            if found is not None:
+                label, title = found.label, found.title
+                used.append(found.file)
+                if titled and title is None:
+                    title, record = _read_title(sample, found, read)
+                    titled = record is None or title is not None
+                    used += [record] if record and title else []
             part.ignore(file for file in sample.parts if file not in used)
             name = image.name
             if hash(name) in seen:
@@ -322,7 +340,8 @@ def _scan_shard(address: str) -> Iterator[_ShardPart]:
                 part.repeated_example = part.repeated_example or f"{address}/{escape(name)}"
                 name = f"{name} (at byte {image.offset})"
             seen.add(hash(name))
-            part.images.append(_LabelledImage(name, image.offset, image.size, found.label, title))
+            places = [(member.offset, member.size) for member in members]
+            part.images.append(_LabelledImage(name, image.offset, image.size, label, title, places))
             if len(part.images) + len(part.rejects) >= SAMPLES:
                 yield part
                 part = _ShardPart(address)
@@ -330,11 +349,13 @@ def _scan_shard(address: str) -> Iterator[_ShardPart]:
     yield part
 
 
-def _name_unfit(sample: Sample, read: Read) -> list[str]:
+def _name_unfit(sample: Sample, read: Read, labelled: bool) -> list[str]:
     """Return the names under which an unfit sample is rejected; none if it is not meant as one."""
     images = [part.name for part in sample.parts if part.kind in IMAGE_KINDS]
     if images or is_meant(sample):
         return images or [sample.key]
+    if not labelled:
+        return []
     try:
         find_label(sample, read)
     except UnfitSample:

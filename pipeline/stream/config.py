@@ -340,7 +340,7 @@ class StreamConfig:
 
         for name in ("fields", "masks"):
             value = getattr(self, name)
-            if isinstance(value, str) or not all(map(is_field, value)):
+            if not isinstance(value, tuple) or not all(map(is_field, value)):
                 raise ValueError(
                     f"{name} is {value!r}; it takes endings in small letters, as ('json', 'txt')"
                 )

@@ -8,7 +8,6 @@ numbers. The DALI graph cuts, resizes and flips it with its image.
 
 from __future__ import annotations
 
-import io
 import math
 import operator
 import os
@@ -21,21 +20,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
-from pipeline.dataset.images import Pixels, Size
+from pipeline.dataset.images import Pixels, decode_mask
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.mixture import MixedReader
 from pipeline.stream.order import Ids
-from pipeline.stream.shard_reader import Damage, ShardReader
+from pipeline.stream.shard_reader import UNUSABLE, Bytes, Damage, ShardReader
 from pipeline.tools.errors import DataError, UsageError, summarize_error
 from pipeline.tools.jsonl import parse_json
+from pipeline.tools.tables import refuse_masked
 from pipeline.tools.units import cpu_count
-
-GREY_SCALES = {"L;2": 85, "L;4": 17}
-"""Factor by which Pillow brings grey PNGs of 2 and 4 bits to 8."""
-MASK_MODES = ("L", "P", "1")
-"""Pillow's names for one channel of at most eight bits: grey, palette, black and white."""
 
 Labels = npt.NDArray[Any]
 """float32 or int64, [N] or [N, k]: the label of each sample, by id."""
@@ -79,8 +73,12 @@ class MemberReader:
         # Pillow unpacks without the interpreter's lock.
         self._pool = ThreadPoolExecutor(config.threads or cpu_count()) if config.masks else None
 
-    def read(self, ids: Ids) -> tuple[list[SampleMembers], dict[int, Damage]]:
+    def read(
+        self, ids: Ids, images: Sequence[Bytes]
+    ) -> tuple[list[SampleMembers], dict[int, Damage]]:
         """Return the members of samples `ids` (int64 [b]), and the damage by place in `ids`.
+
+        `images` are the stored bytes of the samples, whose EXIF data may turn the masks.
 
         Raises:
             DuetError: a whole shard cannot be read or fetched.
@@ -94,8 +92,9 @@ class MemberReader:
         for name in self._config.masks:
             contents, broken = self._reader.read_members(name, ids)
             sizes = zip(*(sides.tolist() for sides in self._reader.read_sizes(ids)), strict=True)
+            turns = self._reader.read_orientations(ids, images)
             apply: Callable[..., Iterable[Any]] = map if self._pool is None else self._pool.map
-            decoded = apply(partial(_attempt, decode_mask), contents, sizes)
+            decoded = apply(partial(_attempt, decode_mask), contents, sizes, turns)
             _collect(name, decoded, broken, [one.masks for one in found], faults)
         return found, {
             place: self._reader.make_damage(int(ids[place]), fault)
@@ -115,14 +114,18 @@ class MemberReader:
             DuetError: its shard cannot be read or fetched.
         """
         reader = self._reader
-        sample = reader.find_sample(key) if isinstance(key, str) else operator.index(key)
+        try:
+            sample = reader.find_sample(key) if isinstance(key, str) else operator.index(key)
+        except TypeError as error:
+            raise KeyError(f"{key!r:.60} is no key, file name or id of a sample") from error
         if not 0 <= sample < len(reader):
             raise KeyError(f"split {reader.split} has samples 0 to {len(reader) - 1}, no {sample}")
         ids = np.array([sample])
-        (pixels,), ((fields, masks),), damaged = reader.decode([sample]), *self.read(ids)
+        images, _ = reader.read(ids)
+        (pixels,), ((fields, masks),), damaged = reader.decode([sample]), *self.read(ids, images)
         for damage in (pixels, damaged.get(0)):
             if isinstance(damage, Damage):
-                raise DataError(f"{damage}; python -m pipeline.verify lists all damage")
+                raise DataError(f"{damage}; {damage.remedy}")
         names = reader.read_names(ids)
         return StoredSample(
             id=sample,
@@ -145,7 +148,7 @@ def _attempt(parse: Callable[..., Any], *given: Any) -> tuple[Any, str | None]:
     try:
         return parse(*given), None
     except Exception as error:  # parsers raise many kinds of exception on damaged input
-        return None, f"it cannot be used ({summarize_error(error)})"
+        return None, f"{UNUSABLE} ({summarize_error(error)})"
 
 
 def _collect(
@@ -201,30 +204,6 @@ _PARSERS: dict[str, Callable[[bytes], Any]] = {
 }
 
 
-def decode_mask(content: bytes, size: Size) -> Pixels:
-    """Decode a mask without changing a value.
-
-    Args:
-        content: a PNG.
-        size: height and width of its image.
-
-    Returns:
-        uint8 [height, width, 1].
-
-    Raises:
-        ValueError: it has another size, several channels, or 16 bits.
-        OSError: it is no PNG, or damaged.
-    """
-    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-        if image.mode not in MASK_MODES:
-            raise ValueError(f"its pixels are {image.mode}; a mask has one channel of 8 bits")
-        if (image.height, image.width) != size:
-            height, width = size
-            raise ValueError(f"it is {image.width}x{image.height}, its image {width}x{height}")
-        scale = GREY_SCALES.get(str(image.tile[0].args), 1) if image.tile else 1
-        return (np.array(image, np.uint8) // scale)[:, :, None]
-
-
 def load_labels(given: Any, count: int) -> Labels | None:
     """Return labels of a user's own; None where they are the classes.
 
@@ -248,6 +227,7 @@ def load_labels(given: Any, count: int) -> Labels | None:
             raise UsageError(
                 f"{what} cannot be read ({summarize_error(error)}); name a .npy file"
             ) from error
+    refuse_masked(what, given)
     given = given.detach().cpu() if hasattr(given, "detach") else given  # a tensor
     try:
         labels = given if isinstance(given, np.memmap) else np.asarray(given).copy()

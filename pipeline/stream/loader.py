@@ -222,7 +222,7 @@ class BatchReader:
     ) -> tuple[list[Bytes], list[SampleMembers], dict[int, Damage]]:
         """Return samples, and the damage by place in `ids` where there is some."""
         images, damaged = self.shard_reader.read(ids, memory)
-        members, others = self.members.read(ids)
+        members, others = self.members.read(ids, images)
         damaged = others | damaged
         if self._header_check is not None:
             for place in self._header_check.find_undecodable(ids, images):
@@ -238,7 +238,8 @@ class BatchReader:
             DataError: `strict`.
         """
         if self.config.strict:
-            raise DataError(f"{next(iter(damages))}; duet verify lists all damage")
+            damage = next(iter(damages))
+            raise DataError(f"{damage}; {damage.remedy}")
         self.quarantine.add(damages)
 
     def _substitute(self, position: int, due: int) -> int:

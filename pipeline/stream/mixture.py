@@ -168,6 +168,15 @@ class MixedReader:
             faults |= {places[number]: fault for number, fault in broken.items()}
         return contents, faults
 
+    def read_orientations(self, ids: Ids, images: Sequence[Bytes]) -> list[int]:
+        """Return the orientations by which images turn their masks; see `ShardReader`."""
+        found = [1] * len(ids)
+        for reader, places, own in self._divide(ids):
+            turns = reader.read_orientations(own, [images[place] for place in places])
+            for place, turn in zip(places, turns, strict=True):
+                found[place] = turn
+        return found
+
     def read_keys(self, ids: Ids) -> list[str]:
         """Return the WebDataset keys of samples `ids` (int64 [b]), each in its own dataset."""
         keys = [""] * len(ids)

@@ -149,7 +149,7 @@ def _has_size(header: JpegHeader, size: Size) -> bool:
     if not header.exif:
         return (header.height, header.width) == size
     try:
-        turned = read_exif_orientation(header.exif) >= 5
+        turned = (read_exif_orientation(header.exif) or 1) >= 5
     except Undecodable:
         return True  # DALI tells
     return (header.height, header.width) == (size[::-1] if turned else size)

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
+from pathlib import Path
 from threading import RLock
 from time import perf_counter
 from typing import NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
 
-from pipeline.dataset.images import Pixels, Undecodable, decode_image
+from pipeline.dataset.images import Pixels, Undecodable, decode_image, read_orientation
 from pipeline.dataset.index import BLOCK, load_index, sample_key
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.members import (
@@ -47,6 +48,10 @@ OPEN_FILES = 256
 """Largest number of shards kept open; the least recently read one is closed beyond it."""
 
 
+UNUSABLE = "it cannot be used"
+"""Beginning of the fault of a member whose bytes are as packed, and that cannot be parsed."""
+
+
 class Damage(NamedTuple):
     """A damaged sample: where it is, and why it cannot be used."""
 
@@ -58,6 +63,13 @@ class Damage(NamedTuple):
     key: str
     """WebDataset key of the sample in its shard."""
     reason: str
+
+    @property
+    def remedy(self) -> str:
+        """Way out, in a few words."""
+        if UNUSABLE in self.reason:
+            return "its bytes are as they were packed; mend it at its source"
+        return "duet verify lists all damage"
 
     def __str__(self) -> str:
         return f"{self.split} sample {self.sample} ({self.shard}, key {self.key}): {self.reason}"
@@ -244,6 +256,15 @@ class ShardReader:
                 contents.append(bytes(content))
         return contents, faults
 
+    def read_orientations(self, ids: Ids, images: Sequence[Bytes]) -> list[int]:
+        """Return the EXIF orientations 1..8 by which images (uint8 [size]) turn their masks, too.
+
+        Masks that we packed are upright: theirs is 1.
+        """
+        if not self.manifest.foreign:
+            return [1] * len(ids)
+        return [read_orientation(image.tobytes()) for image in images]
+
     def decode(self, ids: Sequence[int]) -> list[Pixels | Damage]:
         """Read, check and decode samples: the pixels of each, or its damage.
 
@@ -341,6 +362,13 @@ class ShardReader:
         if kind not in self._texts:
             if text_files(kind)[0] not in self._tables:
                 return None
+            files = [self._dataset.folder / f"{self.split}.{name}" for name in text_files(kind)]
+            is_remote = not isinstance(self._dataset, LocalDataset)
+            if is_remote and not self._finalizer.alive and not all(map(Path.is_file, files)):
+                raise UsageError(
+                    f"{kind} of a set in a store are looked up while its stream is open; ask for "
+                    f"batch.{kind} before it is closed"
+                )
             for name in text_files(kind):
                 self._dataset.fetch_table(f"{self.split}.{name}", self._tables[name])
             self._texts[kind] = TextTable(self._dataset.folder, self.split, kind, len(self))
@@ -352,9 +380,10 @@ class ShardReader:
         folder, count = self._dataset.folder, len(self._index)
         if name not in self._tables:
             there = ", ".join(list_fields(self._tables)) or "none"
-            way = f"run duet index-shards on it anew with --fields {field}"
-            if not self.manifest.foreign:
-                way = "what build-shards packs has images and labels alone; index shards in place"
+            how = "index-shards on it" if self.manifest.foreign else "build-shards"
+            way = f"run duet {how} anew with --fields {field}"
+            if field.endswith("png") and not self.manifest.foreign:
+                way += f", or --masks {field} if it is a mask"
             raise UsageError(
                 f"split {self.split} of {folder} has no field {field!r} (it has {there}); {way}"
             )

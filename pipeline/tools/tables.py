@@ -44,6 +44,18 @@ def read_table(path: Path, texts: Collection[str] = ()) -> dict[str, npt.NDArray
     return columns
 
 
+def refuse_masked(what: str, values: Any) -> None:
+    """Refuse a masked array, whose mask NumPy drops where it makes a plain one.
+
+    Raises:
+        UsageError: it is one, and some values are masked.
+    """
+    if np.ma.is_masked(values):
+        raise UsageError(
+            f"{what} has masked values; say what they stand for, as by {what}.filled(0)"
+        )
+
+
 def _read_csv(path: Path) -> Iterable[tuple[str, Sequence[Any]]]:
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = list(csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ","))

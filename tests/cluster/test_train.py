@@ -9,7 +9,9 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file
@@ -19,6 +21,7 @@ from cluster.config import Config
 from cluster.evaluate import main as evaluate
 from cluster.run.folder import read_run_id
 from cluster.run.sync import DRIVER_FILES, open_mirror
+from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.record import read_address
 from pipeline.remote.filesystem import StoreError
 from pipeline.tools.errors import UsageError
@@ -28,6 +31,12 @@ from tests.helpers.resealed_data import edit_manifest
 from tests.helpers.training_runs import alone, rows
 
 Command = Callable[..., int]
+
+
+def test_a_set_without_classes_is_refused(tiny_data):
+    manifest = replace(Manifest.load(tiny_data), classes=())
+    with pytest.raises(UsageError, match="data set d has no classes to train for"):
+        driver.check_data(SimpleNamespace(data="d"), manifest, None)
 
 
 @pytest.fixture

@@ -30,8 +30,10 @@ from pipeline.stream.order import (
 from pipeline.stream.selection.record import Selection
 from pipeline.stream.shard_reader import Flags, ShardReader
 from pipeline.tools.errors import UsageError
-from pipeline.tools.tables import read_table
+from pipeline.tools.tables import read_table, refuse_masked
 
+SHADOWS = ("label", "class", "height", "width")
+"""Names that a column of a table would share with what is known of each image."""
 AT_ONCE = 1 << 15
 """Samples whose part is drawn together: their numbers stay in the cache of a CPU."""
 JOINS = ("id", "key", "name")
@@ -125,6 +127,7 @@ class _Samples:
     def apply(self, where: Mapping[str, Any] | Flags) -> Flags:
         """Return which samples pass a filter, bool [N]."""
         if not isinstance(where, Mapping):
+            refuse_masked("where", where)
             mask = np.array(where)  # a copy: what the caller does to his own does not matter
             if mask.dtype != bool:
                 raise UsageError(f"where is an array of {mask.dtype}; a mask is of true and false")
@@ -165,6 +168,7 @@ class _Samples:
         if isinstance(weights, str):  # balanced
             found = self._balance(kept)
         else:
+            refuse_masked("weights", weights)
             found = _to_numbers(weights)
             self._check_length("weights", found)
         wrong = np.flatnonzero(~((found >= 0) & np.isfinite(found)))
@@ -183,6 +187,10 @@ class _Samples:
     def _balance(self, kept: Flags) -> Weights:
         """Return weights by which the classes of each dataset are equally likely, float64 [N]."""
         found, classes = np.empty(self.count), len(self._reader.manifest.classes)
+        if not classes:
+            raise UsageError(
+                "weights='balanced' needs classes, and this set has none; give numbers"
+            )
         there: list[Flags] = []
         for _, here in self._list_parts():
             labels = self.labels[here]
@@ -214,6 +222,11 @@ class _Samples:
 
     def _match(self, name: str, wanted: Any) -> Flags:
         """Return which samples have one of the wanted values, bool [N]."""
+        if name in SHADOWS and self._config.table is not None and name in self._table:
+            raise UsageError(
+                f"where[{name!r}] may mean what this set knows of its images, or the column of "
+                f"table {self._config.table}; rename the column"
+            )
         if name == "class" and not callable(wanted):
             table = np.zeros(len(self._reader.manifest.classes), bool)
             table[[self._find_class(one) for one in _as_list(wanted)]] = True
@@ -261,6 +274,8 @@ class _Samples:
     def _find_class(self, name: str) -> int:
         """Return the label of a class, by its name or its readable title."""
         manifest = self._reader.manifest
+        if not manifest.classes:
+            raise UsageError(f"{name!r} is no class: this set has none")
         for names in (manifest.classes, manifest.titles or ()):
             if name in names:
                 return names.index(name)

@@ -37,6 +37,13 @@ def test_the_cause_is_told_not_what_it_led_to(tmp_path: Path):
     assert "both" in log
 
 
+def test_workers_that_died_with_their_node_were_not_killed():
+    failure = Failure(WORKERS, dead={2, 3}, gone=frozenset({"node-1", "other"}))
+    assert failure.why == "lost node node-1: it is gone, or its network is cut"
+    failure.dead = {0}
+    assert "died: killed, or out of memory" in failure.why
+
+
 def test_several_deaths_are_counted():
     assert "node-0) and 2 more died" in Failure(WORKERS, dead={0, 2, 3}).why
     assert Failure(dead={2}).why.startswith("the worker of rank 2 died")

@@ -44,5 +44,7 @@ def test_nodes_that_reach_each_other_are_not_told(monkeypatch):
         assert rendezvous.try_doors(doors[-1:]) == [""]
         rendezvous.close_door()
     assert rendezvous.try_doors(doors) == ["Connection refused"] * 2
+    with rendezvous.listen("203.0.113.9", 1) as everywhere:  # an address of nobody here
+        assert rendezvous.try_doors([("127.0.0.1", everywhere.getsockname()[1])]) == [""]
     for nodes in (("a", "a"), ("a",)):
         rendezvous.check_paths(None, locate(*nodes))  # workers of one node have nothing to try

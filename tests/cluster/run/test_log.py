@@ -155,12 +155,15 @@ def test_waiting_is_told_apart_and_computing_is_without_the_other_column(tmp_pat
             now += 0.01
             with link.waits.running(CPU):
                 now += 0.04
+            with log.reducing.running(CPU):
+                now += 0.02
         log.step(MARK, Config(), RATES, VALUES, link)
     row = json.loads((tmp_path / METRICS).read_text())
     causes = [row[name] for name in WAITS]
     assert causes == pytest.approx([0.03, 0.007, 0.03, 0.033])
     assert sum(causes) == pytest.approx(row["data_wait"] * row["seconds"], rel=0.001)
-    assert (row["compute"], row["exchange"], row["seconds"]) == (0.01, 0.04, 0.15)
+    assert (row["compute"], row["exchange"], row["reduce"]) == (0.01, 0.04, 0.02)
+    assert row["seconds"] == 0.17
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ EXACT = replace(
     replicas=f"1:{LEAVES}", validate_every=2,
 )  # fmt: skip
 TIMES = ("compute", "data_wait", "exchange", "exchange_bytes", "img_s", "memory", "replicas",
-         "saving", "seconds", "stall", "wait_")  # fmt: skip
+         "reduce", "saving", "seconds", "stall", "wait_")  # fmt: skip
 """Beginnings of the fields that depend on the machine and the layout."""
 
 

@@ -235,9 +235,9 @@ def test_a_full_disk_costs_one_line_and_no_work(source, tmp_path):
 
 def test_room_for_what_is_mapped_is_taken_first(tmp_path):
     """A hole in a mapped file is a bus error on a full disk; room that is taken is not."""
-    from pipeline.packing.shards import _allocate
+    from pipeline.packing.shards import TAKEN_DTYPE, _allocate
 
-    mapped = _allocate(tmp_path / "taken.bin", 100_000)
+    mapped = _allocate(tmp_path / "taken.bin", TAKEN_DTYPE, (100_000,))
     assert (tmp_path / "taken.bin").stat().st_blocks * 512 >= mapped.nbytes > 2_000_000
 
 

@@ -251,9 +251,10 @@ def test_a_decoder_that_python_cannot_interrupt_ends_with_its_process(monkeypatc
     monkeypatch.setattr("pipeline.dataset.jpeg_header.MAX_CPU_SECONDS", 0.1)
     monkeypatch.setattr(chunks, "prepare_image", busy)
     job = SimpleNamespace(options=BuildConfig(out="out", train="in"), number=0)
+    sample = chunks.SourceSample(b"", {})
     with pytest.raises(Crash, match="SIGVTALRM"):
-        call_isolated(chunks._decode, b"", job.options)
-    assert chunks._decode_isolated(b"", job) == "decoding it takes more than 75 s"
+        call_isolated(chunks._decode, sample, job.options)
+    assert chunks._decode_isolated(sample, job) == "decoding it takes more than 75 s"
     monkeypatch.setattr(chunks, "prepare_image", lambda *_: "pixels")
-    assert chunks._decode_isolated(b"", job) == "pixels"
+    assert chunks._decode_isolated(sample, job).image == "pixels"
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)

@@ -17,9 +17,10 @@ import webdataset
 from PIL import Image
 
 from pipeline.batches import Stream
+from pipeline.dataset.images import decode_mask
 from pipeline.dataset.members import TextTable, escape_line, save_texts
 from pipeline.stream.augment import draw, draw_regions
-from pipeline.stream.fields import decode_mask, find_parser
+from pipeline.stream.fields import find_parser
 from pipeline.stream.order import FullShuffle
 from pipeline.tools.errors import DamagedFile, DataError, UsageError
 from pipeline.verify import verify
@@ -249,6 +250,7 @@ def test_a_field_that_a_sample_lacks_is_refused_by_name(tmp_path):
     ("settings", "words"),
     [
         ({"fields": "json"}, r"fields is 'json'; it takes endings"),
+        ({"fields": None}, r"fields is None; it takes endings"),
         ({"fields": ("../x",)}, "it takes endings in small letters"),
         ({"masks": ("seg.jpg",)}, "masks has 'seg.jpg'; a mask is a PNG"),
     ],
@@ -281,6 +283,19 @@ def test_arrays_are_numpys(array, version):
             find_parser("npy")(content)
 
 
+def test_a_member_that_cannot_be_parsed_is_no_damage_of_the_set(tmp_path):
+    with webdataset.TarWriter(str(tmp_path / "train-0.tar"), encoder=False) as writer:
+        for n in range(2):
+            writer.write({"__key__": f"{n}", "jpg": make_image(n), "cls": b"%d" % n, "json": b"{"})
+    index(tmp_path, fields=("json",))
+    assert verify(tmp_path) == []
+    words = r"its \.json: it cannot be used .*; its bytes are as they were packed; mend it at its"
+    with pytest.raises(DataError, match=words):
+        take(tmp_path, batch_size=2, fields=("json",), strict=True)
+    with Stream(tmp_path, fields=("json",)) as stream, pytest.raises(DataError, match=words):
+        stream[1]
+
+
 def test_labels_of_ones_own(tiny_data, tmp_path):
     count = 48
     values = np.random.default_rng(0).normal(size=(count, 3)).astype(np.float32)
@@ -298,6 +313,7 @@ def test_labels_of_ones_own(tiny_data, tmp_path):
     assert batch.labels.tolist() == [-1] * COUNT
     for labels, words in (
         (values[:9], r"labels have the shape \[9, 3\]; the split has 48 samples, and takes \[48\]"),
+        (np.ma.array(values, mask=values > 1), r"labels has masked values; say what they stand"),
         (values > 0, r"labels are bool; give float32 or int64"),
         (tmp_path / "none.npy", r"labels .*none\.npy cannot be read \(No such file"),
     ):
@@ -324,6 +340,9 @@ def test_one_sample_is_read_by_key_name_or_id(made, tiny_data):
         one = stream["000002_00007"]
         assert (one.id, one.key) == (27, "000002_00007")
         assert stream[one.name].id == 27
+        for key in (1.0, None, b"0"):
+            with pytest.raises(KeyError, match="is no key, file name or id of a sample"):
+                stream[key]
         for key in ("000002_00010", "000005_00000", "0000002_00007"):
             with pytest.raises(KeyError, match="has no sample"):
                 stream[key]
@@ -414,6 +433,14 @@ def test_a_store_gives_tables_when_they_are_asked_for(made, tmp_path):
             assert not list(cache.glob("*/train.keys.*"))
             assert sorted(batch.keys) == sorted(one["__key__"] for one in webdatasets(made))
             assert len(list(cache.glob("*/train.keys.*"))) == 2
+            later = next(stream)
+        assert len(later.keys) == COUNT
+        for path in cache.glob("*/train.keys.*"):
+            path.unlink()
+        with Stream(server.address, batch_size=COUNT, cache=cache) as stream:
+            batch = next(stream)
+        with pytest.raises(UsageError, match=r"ask for batch\.keys before it is closed"):
+            batch.keys  # noqa: B018 - it is looked up
         assert not list(cache.glob("*/train.field-*"))
         with Stream(server.address, batch_size=COUNT, cache=cache, fields=("txt",)) as stream:
             batch = next(stream)

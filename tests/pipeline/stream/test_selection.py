@@ -329,6 +329,23 @@ def test_a_table_that_does_not_fit_is_refused(tiny_data, tmp_path, text, line):
         Stream(tiny_data, where={"year": 3}, table=tmp_path / "none.csv", **SMALL)
 
 
+@pytest.mark.parametrize("name", ["label", "class", "height", "width"])
+def test_a_column_named_as_what_is_known_is_refused(tiny_data, tmp_path, name):
+    path = tmp_path / "table.csv"
+    path.write_text(f"id,{name}\n" + "".join(f"{i},1\n" for i in range(48)))
+    with pytest.raises(UsageError, match=rf"where\['{name}'\] may mean .* rename the column"):
+        Stream(tiny_data, where={name: 1}, table=path, **SMALL)
+
+
+def test_masked_values_are_refused(tiny_data):
+    flags = np.ma.array(np.ones(48, bool), mask=np.arange(48) == 3)
+    for settings in ({"where": flags}, {"weights": flags.astype(float)}):
+        with pytest.raises(UsageError, match=r"has masked values; say what they stand for"):
+            Stream(tiny_data, **settings, **SMALL)
+    plain = np.ma.array(np.arange(48) < 5)  # nothing is masked
+    assert len(read_ids(tiny_data, 5, where=plain, once=True, crop="center")) == 5
+
+
 def test_images_that_are_too_small_may_be_left_out(image_folder, tmp_path):
     train = image_folder / "train"
     packed(tmp_path / "data", train=train, holdout=0.1, size=64, fit="shorter", min_side=40)
