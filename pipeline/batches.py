@@ -20,10 +20,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.remote.dataset import Dataset, LocalDataset, open_dataset
 from pipeline.stream.config import Crop, StreamConfig
+from pipeline.stream.decode import DecodedBatch, can_keep_crops
 from pipeline.stream.fields import StoredSample
 from pipeline.stream.ledger.format import LedgerHeader
 from pipeline.stream.ledger.writer import Ledger
-from pipeline.stream.loader import BatchReader, DecodeFailure, Loader
+from pipeline.stream.loader import BatchReader, DecodeFailure, EncodedBatch, Loader
 from pipeline.stream.mixture import MixedReader
 from pipeline.stream.normalization import crop_mean_image
 from pipeline.stream.operators import import_dali
@@ -313,16 +314,16 @@ class Stream:
             if self._loader is None:
                 raise ValueError("this stream was closed")
             try:
-                encoded, (images, masks) = self._loader.run()
+                encoded, decoded = self._loader.run()
                 break
             except DecodeFailure as failure:
                 self._restart_without(self._loader, failure)
             except UsageError:  # that batch is lost: the next pixels would get its ids
                 self.close()
                 raise
-        start = perf_counter()
+        start, images = perf_counter(), decoded.images
         if self._ledger is not None:
-            self._ledger.record(encoded.first, encoded.due, encoded.ids, images)
+            self._record(self._ledger, encoded, decoded)
         batch = Batch(
             ids=torch.from_numpy(encoded.ids),
             images=images,
@@ -331,7 +332,7 @@ class Stream:
             replaced=torch.from_numpy(encoded.ids != encoded.due),
             position=encoded.position,
             fields=encoded.fields,
-            masks=dict(zip(self._reader.config.masks, masks, strict=True)),
+            masks=dict(zip(self._reader.config.masks, decoded.masks, strict=True)),
             _reader=self._reader.shard_reader,
         )
         self._position = encoded.position
@@ -368,11 +369,22 @@ class Stream:
         assert config.ledger
         try:
             selection = self._reader.selection
-            header = LedgerHeader.of(config, selection)
+            keeps_crops = can_keep_crops(config, self._reader.shard_reader.encoding)
+            header = LedgerHeader.of(config, selection, of_crops=keeps_crops)
             return Ledger(Path(config.ledger), header, selection)
         except BaseException:
             self.close()
             raise
+
+    @staticmethod
+    def _record(ledger: Ledger, encoded: EncodedBatch, decoded: DecodedBatch) -> None:
+        """Record a batch, by its crops if the decoder keeps them, else by its pixels."""
+        place, given = (encoded.first, encoded.due, encoded.ids), encoded.input
+        if decoded.crops is None:
+            ledger.record(*place, decoded.images)
+        else:
+            rest = given.flip, given.mean, given.divisor
+            ledger.record(*place, decoded.crops, [one for one in rest if one is not None])
 
     def _restart_without(self, loader: Loader, failure: DecodeFailure) -> None:
         """Restart at the batch that failed, without the samples that cannot be decoded."""

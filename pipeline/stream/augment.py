@@ -43,7 +43,8 @@ def random_uint64(
         if name:
             word = hashlib.sha256(name.encode()).digest()[:8]
             state = _mix(state + np.uint64(int.from_bytes(word, "little")))
-        return [_mix(state + np.uint64(skip + k + 1) * _GOLDEN) for k in range(count)]
+        steps = np.arange(skip + 1, skip + count + 1, dtype=np.uint64) * _GOLDEN
+        return list(_mix(state + steps[:, None]))  # one by one they took five times as long
 
 
 def scale_to_range(word: Uint64s, limit: int | Ids) -> Ids:
@@ -151,7 +152,7 @@ def draw_regions(
     """
     rows, columns = (np.broadcast_to(np.asarray(side, np.int64), len(ids)) for side in stored)
     drawn = random_uint64(seed, epochs, ids, 2 * ATTEMPTS + 2, name="resized crop")
-    units = np.stack([to_unit(word) for word in drawn[: 2 * ATTEMPTS]], axis=1)
+    units = to_unit(np.stack(drawn[: 2 * ATTEMPTS], axis=1))
     area = (rows * columns)[:, None] * (scale[0] + units[:, 0::2] * (scale[1] - scale[0]))
     low, high = math.log(ratio[0]), math.log(ratio[1])
     # exp differs in the last bit between processors: keep only bits that do not.

@@ -443,7 +443,7 @@ class StreamConfig:
         return ColorPlan.of(self.colour)
 
     @property
-    def divides(self) -> bool:
+    def is_divided(self) -> bool:
         """True if pixels are divided by 1 + colour."""
         return self.colour_divide and self.augments
 

@@ -18,18 +18,18 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.dlpack import from_dlpack
 
 from pipeline.dataset.images import Encoding
 from pipeline.stream import operators as dali
 from pipeline.stream.augment import Draw, NamedDraw
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.transfer import select_gpu
+from pipeline.stream.transfer import current_stream, select_gpu, to_tensor
 from pipeline.tools.errors import UsageError
 from pipeline.tools.units import cpu_count
 
@@ -73,6 +73,9 @@ class DecodedBatch(NamedTuple):
     """[b, 3, height, width] pixels."""
     masks: list[torch.Tensor]
     """uint8 [b, height, width] of each mask of the config."""
+    crops: torch.Tensor | None = None
+    """uint8 [b, height, width, 3]: the crops of which `images` were made; only of a decoder that
+    keeps them."""
 
 
 class Decoder:
@@ -84,6 +87,8 @@ class Decoder:
         config: StreamConfig,
         encoding: Encoding = "jpeg",
         draws: Sequence[NamedDraw] = (),
+        *,
+        keep_crops: bool = False,
     ) -> None:
         """Build the graph.
 
@@ -93,11 +98,13 @@ class Decoder:
                 `slice_size` samples.
             encoding: of the images.
             draws: what `list_draws` returns for the config.
+            keep_crops: deliver the crops as well; needs `can_keep_crops`.
 
         Raises:
             SetupError: device `gpu` without a CUDA device.
         """
         self._config = config
+        self._keeps_crops = keep_crops
 
         def begin() -> _Nodes:
             return _open_source(source, config, encoding, draws)
@@ -106,8 +113,13 @@ class Decoder:
             self._pipe = open_pipeline(config)
             with self._pipe:
                 nodes = begin()
-                pixels = make_pixels(config, encoding, **nodes.inputs)
-                self._pipe.set_outputs(pixels, *cut_masks(config, nodes.masks, **nodes.inputs))
+                masks = cut_masks(config, nodes.masks, **nodes.inputs)
+                if keep_crops:
+                    crops, finish = _split_graph(config, encoding, nodes.inputs)
+                    self._pipe.set_outputs(finish(crops), crops, *masks)
+                else:
+                    pixels = make_pixels(config, encoding, **nodes.inputs)
+                    self._pipe.set_outputs(pixels, *masks)
         else:
             self._pipe = _build_augmented(config, lambda: _begin_crops(config, encoding, begin()))
         self._pipe.build()
@@ -122,54 +134,27 @@ class Decoder:
                 it); its whole batch is lost, and this decoder with it.
         """
         gpu = self._pipe.device_id
-        output, *masks = self._pipe.run(_current_stream(gpu))  # as `run_on_current_stream`
+        output, *others = self._pipe.run(current_stream(gpu))  # as `run_on_current_stream`
         if self._config.augment is not None:
             _check_shapes(self._config, output)
         images = to_batch(self._config, to_tensor(output, gpu))
-        return DecodedBatch(images, [to_tensor(one, gpu).squeeze(-1) for one in masks])
+        crops = to_tensor(others.pop(0), gpu) if self._keeps_crops else None
+        return DecodedBatch(images, [to_tensor(one, gpu).squeeze(-1) for one in others], crops)
 
 
-def run_on_current_stream(pipe: dali.Pipeline) -> Any:
+def run_oncurrent_stream(pipe: dali.Pipeline) -> Any:
     """Run a pipeline of one output and return it, a list of tensors of DALI's.
 
     On a GPU it may still be in the making: torch's current stream of that GPU waits for it, and the
     host only until DALI's threads have launched their work.
     """
-    (output,) = pipe.run(_current_stream(pipe.device_id))  # positional only
+    (output,) = pipe.run(current_stream(pipe.device_id))  # positional only
     return output
 
 
 def run_to_tensor(pipe: dali.Pipeline) -> torch.Tensor:
     """Run a pipeline of one dense output and return that as a tensor, on the pipeline's device."""
-    return to_tensor(run_on_current_stream(pipe), pipe.device_id)
-
-
-def to_tensor(output: Any, gpu: int | None) -> torch.Tensor:
-    """Return a dense output of DALI as a tensor whose memory nobody else uses while it lives.
-
-    On the CPU it is DALI's memory, without a copy: DALI makes each output in memory of its own, to
-    which the tensor then holds the last reference.
-
-    On a GPU it is a copy in torch's memory, made in the order of torch's current stream without a
-    wait of the host. DALI frees an output in the order of its own stream, as soon as Python lets go
-    of it: an alias could be overwritten while kernels that read it are still queued in torch's. A
-    copy is safe because DALI's stream waits for it (`CopyToExternalImplGPU` in its
-    backend_impl.cc), and torch frees its own memory in the order of the stream that uses it.
-
-    Args:
-        output: a list of tensors of one shape, as `run_on_current_stream` returns it.
-        gpu: number of the GPU that it is on; None for the CPU.
-    """
-    pixels = output.as_tensor()
-    if gpu is None:
-        tensor: torch.Tensor = from_dlpack(pixels)
-        return tensor
-    tensor = torch.empty(
-        pixels.shape(), dtype=dali.to_torch_type[pixels.dtype], device=torch.device("cuda", gpu)
-    )
-    # A stream makes it a copy that is not waited for.
-    dali.feed_ndarray(pixels, tensor, cuda_stream=_current_stream(gpu))
-    return tensor
+    return to_tensor(run_oncurrent_stream(pipe), pipe.device_id)
 
 
 def to_batch(config: StreamConfig, pixels: torch.Tensor) -> torch.Tensor:
@@ -178,10 +163,6 @@ def to_batch(config: StreamConfig, pixels: torch.Tensor) -> torch.Tensor:
         pixels = pixels.permute(0, 3, 1, 2)
     # DALI makes all types but this one.
     return pixels.to(torch.bfloat16) if config.pixel_dtype == "bfloat16" else pixels
-
-
-def _current_stream(gpu: int | None) -> torch.cuda.Stream | None:
-    return None if gpu is None else torch.cuda.current_stream(gpu)
 
 
 def open_pipeline(config: StreamConfig, **options: Any) -> dali.Pipeline:
@@ -223,6 +204,17 @@ def make_pixels(
         return normalize_crops(config, pixels, flip, mean, divisor, _crop(config, x, y))
     crops = cut_crops(config, encoding, images, x, y, region)
     return normalize_crops(config, crops, flip, mean, divisor)
+
+
+def can_keep_crops(config: StreamConfig, encoding: Encoding) -> bool:
+    """Return whether all that delivered pixels follow from is at hand at no cost.
+
+    Those are the crops, which the graph makes anyway, and flip, mean and divisor of the input. It
+    is so on a CPU, where pixels are numbers of another type than the crops and nothing of the
+    user's changes them.
+    """
+    is_cut = encoding == "jpeg" or config.crop == "resized"
+    return is_cut and not config.on_gpu and config.augment is None and config.pixel_dtype != "uint8"
 
 
 def cut_crops(
@@ -288,7 +280,16 @@ def _slice(region: Any) -> dict[str, Any]:
 
 
 def resize_crops(config: StreamConfig, crops: Any) -> Any:
-    """Resize to the config's size as Pillow does: linear, with a wider filter to shrink."""
+    """Resize to the config's size: linear, with a wider filter to shrink, as Pillow does.
+
+    DALI sums in float32 over a triangle of radius max(1, scale) around each pixel's center, and
+    rounds once; beyond the border it repeats the edge (`resampling_impl_cpu.h`). So it is within
+    0.5 of the exact sum M. Pillow rounds after either axis (`Resample.c`): within 1 of M. The two
+    differ by less than 2 levels, hence by 1 at most, where the triangle lies inside the crop: all
+    but the outermost pixels of a crop that shrinks. There Pillow leaves out what is beyond the
+    border, 1/8 of the triangle at most: 255/8 + 1.5 levels at an edge, 255 * 15/64 + 1.5 in a
+    corner.
+    """
     return dali.fn.resize(
         crops, size=list(config.image_size), interp_type=dali.types.INTERP_LINEAR, antialias=True
     )
@@ -347,7 +348,7 @@ def _list_inputs(config: StreamConfig, encoding: Encoding) -> dict[str, _InputTy
     inputs["flip"] = dali.types.INT32, 0, ""
     if not _is_stored(config):
         inputs["mean"] = numbers
-    if config.divides or config.std is not None:
+    if config.is_divided or config.std is not None:
         inputs["divisor"] = number if config.std is None else numbers
     return inputs
 
@@ -403,13 +404,19 @@ def _begin_crops(
     config: StreamConfig, encoding: Encoding, nodes: _Nodes
 ) -> tuple[Any, Draw, Callable[[Any], Any]]:
     """Return what `_build_augmented` begins with: crops, draws, and what becomes of the crops."""
-    masks, known = cut_masks(config, nodes.masks, **nodes.inputs), dict(nodes.inputs)
-    where = {name: known.pop(name, None) for name in ("images", "x", "y", "region")}
-    return (
-        cut_crops(config, encoding, **where),
-        Draw(lambda one: nodes.draws[one.name]),
-        lambda made: (normalize_crops(config, made, **known), *masks),
-    )
+    masks = cut_masks(config, nodes.masks, **nodes.inputs)
+    crops, finish = _split_graph(config, encoding, nodes.inputs)
+    draw = Draw(lambda one: nodes.draws[one.name])
+    return crops, draw, lambda made: (finish(made), *masks)
+
+
+def _split_graph(
+    config: StreamConfig, encoding: Encoding, inputs: dict[str, Any]
+) -> tuple[Any, Callable[[Any], Any]]:
+    """Return the crops of a graph, and what makes pixels of them; `inputs` as those of `_Nodes`."""
+    rest = dict(inputs)
+    where = {name: rest.pop(name, None) for name in ("images", "x", "y", "region")}
+    return cut_crops(config, encoding, **where), partial(normalize_crops, config, **rest)
 
 
 def _draw_type(draw: NamedDraw) -> _InputType:

@@ -18,7 +18,13 @@ from pipeline.dataset.manifest import identity
 from pipeline.remote.dataset import Dataset
 from pipeline.stream.augment import draw, draw_regions
 from pipeline.stream.config import StreamConfig
-from pipeline.stream.decode import DecodedBatch, Decoder, DecoderInput, list_draws
+from pipeline.stream.decode import (
+    DecodedBatch,
+    Decoder,
+    DecoderInput,
+    can_keep_crops,
+    list_draws,
+)
 from pipeline.stream.fields import Labels, MemberReader, SampleMembers, load_labels
 from pipeline.stream.mixture import fit_config, load_statistics, open_reader
 from pipeline.stream.normalization import Floats, Normalization
@@ -294,7 +300,7 @@ class BatchReader:
             x, y = border[1] // 2, border[0] // 2
             flip = np.zeros(count, bool)
             mean = np.tile(normalization.channel_mean, (count, 1))
-        divisor = normalization.compute_divisors(slots.epochs) if config.divides else None
+        divisor = normalization.compute_divisors(slots.epochs) if config.is_divided else None
         if normalization.std is not None:
             scale = 1 if divisor is None else divisor[:, None]
             divisor = np.tile(normalization.std, (count, 1)) * scale
@@ -352,17 +358,18 @@ class Loader:
             config,
             encoding,
             reader.draws,
+            keep_crops=bool(config.ledger) and can_keep_crops(config, encoding),
         )
         self._mean_image: torch.Tensor | None = None
         if (image := reader.normalization.mean_image) is not None:
-            if (std := reader.normalization.std) is not None and not config.divides:
+            if (std := reader.normalization.std) is not None and not config.is_divided:
                 image = (image / std.reshape(3, 1, 1)).astype(np.float32)
             where = "cpu" if (gpu := select_gpu(config.device)) is None else f"cuda:{gpu}"
             dtype = getattr(torch, config.pixel_dtype)
             self._mean_image = torch.from_numpy(image).to(where, dtype)
 
     def run(self) -> tuple[EncodedBatch, DecodedBatch]:
-        """Return the next batch, and its pixels and masks.
+        """Return the next batch, and what was decoded of it.
 
         Raises:
             StopIteration: there are no more.
@@ -383,7 +390,7 @@ class Loader:
         batch, images = self._decoding.popleft(), decoded.images
         self._recycle(batch, images)
         if self._mean_image is not None:
-            divisor = batch.input.divisor if self._reader.config.divides else None
+            divisor = batch.input.divisor if self._reader.config.is_divided else None
             subtract_image(images, self._mean_image, divisor)
         self._waits.decode += perf_counter() - start - (self._read_wait - read_wait)
         return batch, decoded

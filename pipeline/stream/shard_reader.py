@@ -176,11 +176,12 @@ class ShardReader:
 
     def advise(self, ids: Ids) -> None:
         """Tell the kernel to read samples `ids` (int64 [b]) from the disk; does not wait."""
+        rows = self._index[ids]
+        columns = (rows[name].tolist() for name in ("shard", "offset", "size"))
         with self._lock:
-            for row in self._index[ids]:
+            for shard, *place in zip(*columns, strict=True):
                 # A shard that is not open may have to be fetched first, which takes long.
-                if (file := self._files.get(int(row["shard"]))) is not None:
-                    place = row["offset"], row["size"]
+                if (file := self._files.get(shard)) is not None:
                     os.posix_fadvise(file.number, *place, os.POSIX_FADV_WILLNEED)
 
     def read(self, ids: Ids, buffer: Bytes | None = None) -> tuple[list[Bytes], dict[int, Damage]]:

@@ -38,11 +38,10 @@ from pipeline.stream.decode import (
     normalize_crops,
     open_pipeline,
     run_on_current_stream,
-    to_tensor,
 )
 from pipeline.stream.loader import BatchReader, EncodedBatch
 from pipeline.stream.timing import Spent
-from pipeline.stream.transfer import to_device
+from pipeline.stream.transfer import to_device, to_tensor
 from pipeline.throughput import hardware
 from pipeline.throughput.clock import CpuLoad, Rate, StageRow, count_items, make_row, measure
 from pipeline.throughput.hardware import format_count

@@ -1,6 +1,6 @@
 """Format of a ledger: what one rank delivered in one attempt, sample by sample.
 
-    line 1     JSON: everything in `LedgerHeader`, the kind of checksum, the version of this format
+    line 1     JSON: everything in `LedgerHeader`, the version of this format
     frames     one a batch: 24 bytes, then 8 bytes a sample (12 for sets beyond 2**32 samples)
 
 A frame, little-endian: CRC-32 of all that follows in it (u4), bytes of the frame (u4), position of
@@ -32,6 +32,7 @@ VERSION = 1
 ENDING = ".ledger"
 FRAME = struct.Struct("<IIQII")
 _AFTER_CRC = 4
+CHECKSUMS = "crc32", "crop-crc32", "weighted-sum"
 _HEADER_LIMIT = 1 << 16
 
 
@@ -69,9 +70,20 @@ class LedgerHeader:
     rank: int
     world_size: int
     device: str
-    """`cpu`: checksums are CRC-32s. Any other name, such as `gpu`: weighted sums."""
+    """`cpu`, or another name, such as `gpu`."""
+    checksum: str = ""
+    """Kind of the checksums of pixels, as `writer` has it: `crc32`, `crop-crc32` or `weighted-sum`.
+    Empty: `crc32` on a CPU, else `weighted-sum`."""
 
     def __post_init__(self) -> None:
+        if not self.checksum:
+            kind = "crc32" if self.device == "cpu" else "weighted-sum"
+            object.__setattr__(self, "checksum", kind)
+        if self.checksum not in CHECKSUMS:
+            raise ValueError(
+                f"its checksums are {self.checksum!r:.40}, not {', '.join(CHECKSUMS)}: "
+                "a later release of Duet wrote it"
+            )
         split_batch(self.batch_size, self.rank, self.world_size)  # raises if there is no such rank
         if self.samples < 1 or self.position < 0 or self.batch_size < self.world_size:
             raise ValueError(
@@ -80,13 +92,22 @@ class LedgerHeader:
             )
 
     @classmethod
-    def of(cls, config: StreamConfig, selection: Selection) -> LedgerHeader:
-        """Return the header of a stream's ledger, given the samples that take part."""
+    def of(
+        cls, config: StreamConfig, selection: Selection, *, of_crops: bool = False
+    ) -> LedgerHeader:
+        """Return the header of a stream's ledger.
+
+        Args:
+            config: settings of the stream.
+            selection: samples that take part.
+            of_crops: True if checksums are those of crops.
+        """
         facts = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
         facts["shuffle"] = config.order_name
         facts["split"] = config.stored_split
         facts["colour"] = config.color_plan.given
         facts["device"] = "gpu" if config.on_gpu else "cpu"
+        facts["checksum"] = "crop-crc32" if of_crops else ""
         return cls(
             data_sha256=selection.identity,
             samples=selection.stored,
@@ -95,18 +116,13 @@ class LedgerHeader:
         )
 
     @property
-    def checksum(self) -> str:
-        """Kind of the checksums: `crc32` or `weighted-sum`."""
-        return "crc32" if self.device == "cpu" else "weighted-sum"
-
-    @property
     def id_type(self) -> np.dtype[Any]:
         """Data type of stored ids."""
         return np.dtype("<u4" if self.samples <= 1 << 32 else "<u8")
 
     def to_line(self) -> bytes:
         """Return the first line of a file."""
-        facts = {"ledger": VERSION, "checksum": self.checksum, **asdict(self)}
+        facts = {"ledger": VERSION, **asdict(self)}
         return (json.dumps(facts) + "\n").encode()
 
     @classmethod

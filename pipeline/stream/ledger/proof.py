@@ -214,7 +214,7 @@ class _Prover:
         if selection is not None:
             self._order = make_order(selection, header.seed, header.shuffle)
             self._samples = self._order.samples
-            self._replaces = selection.replaces
+            self._replaces = selection.has_replacement
         self._mixed = selection is not None and len(selection.shards) > 1
         self._shards = shards
         self._starts = np.cumsum([0, *(shard.samples for shard in shards)])

@@ -53,7 +53,7 @@ class Selection:
         return sum(map(sum, self.shards))
 
     @property
-    def replaces(self) -> bool:
+    def has_replacement(self) -> bool:
         """True if a sample may come several times in an epoch."""
         return self.weights is not None or len(self.shards) > 1
 
@@ -67,7 +67,7 @@ class Selection:
     @functools.cached_property
     def digest(self) -> str:
         """SHA-256 of all of it; empty where every sample of one dataset takes part alike."""
-        if not self.replaces and self.kept is None:
+        if not self.has_replacement and self.kept is None:
             return ""
         digest = hashlib.sha256(json.dumps([self.identities, self.shards, self.shares]).encode())
         for array in (self.kept, self.weights):

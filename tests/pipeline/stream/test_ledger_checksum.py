@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from pipeline.batches import Stream
+from pipeline.stream.ledger.format import LedgerHeader, scan_ledger
+from pipeline.stream.ledger.proof import prove
 from pipeline.stream.ledger.writer import compute_crc32s, compute_weighted_sums
 
 
@@ -54,3 +58,69 @@ def test_device_checksums_see_a_single_bit_and_two_swapped_values():
     other = image.clone()
     other[0, 0, 0, 0], other[0, 0, 0, 1] = image[0, 0, 0, 1], image[0, 0, 0, 0]
     assert compute_weighted_sums(other) != known
+
+
+def deliver(data, folder=None, **settings):
+    """Return pixels, and the header and checksums of the ledger, of the first 24 samples."""
+    with Stream(data, batch_size=12, seed=3, ledger=folder, **settings) as stream:
+        images = torch.cat([next(stream).images for _ in range(2)])
+        means = stream._reader.normalization.channel_mean.astype(np.float32)
+    if folder is None:
+        return images, means
+    file = scan_ledger(max(folder.glob("*.ledger")))
+    return images, file.header, file.read(0, 24).checksums
+
+
+@pytest.mark.parametrize("crop", ["random", "resized"])
+def test_checksums_of_crops_are_those_of_all_that_pixels_follow_from(tiny_data, tmp_path, crop):
+    stored = {"dtype": "uint8", "layout": "NHWC", "mean": None}
+    crops, _ = deliver(tiny_data, crop=crop, flip=0, colour=0, **stored)
+    flipped, _ = deliver(tiny_data, crop=crop, colour=0, **stored)
+    flips = [not torch.equal(*pair) for pair in zip(crops, flipped, strict=True)]
+    assert 4 < sum(flips) < 20
+    pixels, means = deliver(tiny_data, crop=crop, colour=0)
+    images, header, found = deliver(tiny_data, tmp_path, crop=crop, colour=0)
+    assert header.checksum == "crop-crc32"
+    assert torch.equal(images, pixels)  # a ledger changes no bit
+    parts = zip(crops.permute(0, 2, 3, 1).numpy(), np.array(flips, np.int32), strict=True)
+    expected = [
+        zlib.crc32(np.ascontiguousarray(one).tobytes() + flip.tobytes() + means.tobytes())
+        for one, flip in parts
+    ]
+    assert found.tolist() == expected
+    _, _, colored = deliver(tiny_data, tmp_path / "color", crop=crop)
+    assert (colored != found).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dtype": "uint8", "layout": "NHWC", "mean": None, "colour": 0},
+        {"augment": lambda images, draw: images * 0.5},
+    ],
+)
+def test_other_pixels_are_checked_as_they_are_delivered(tiny_data, tmp_path, settings):
+    images, header, found = deliver(tiny_data, tmp_path, **settings)
+    assert header.checksum == "crc32"
+    assert found.tolist() == compute_crc32s(images).tolist()
+
+
+def test_raw_pixels_are_checked_as_they_are_delivered(raw_data, tmp_path):
+    images, header, found = deliver(raw_data, tmp_path)
+    assert (header.checksum, found.tolist()) == ("crc32", compute_crc32s(images).tolist())
+    assert deliver(raw_data, tmp_path / "resized", crop="resized")[1].checksum == "crop-crc32"
+
+
+def test_ledgers_of_before_stay_provable_beside_new_ones(tiny_data, tmp_path):
+    """Those of releases that checksummed float pixels: their sums are not compared with others."""
+    for folder in ("a", "b"):
+        _, header, _ = deliver(tiny_data, tmp_path / folder)
+    (path,) = (tmp_path / "b").glob("*.ledger")
+    line, _, frames = path.read_bytes().partition(b"\n")
+    old = line.replace(b'"crop-crc32"', b'"crc32"')
+    assert LedgerHeader.parse(old) == replace(header, checksum="crc32")
+    path.write_bytes(old + b"\n" + frames)
+    proof = prove(tiny_data, [tmp_path / "a", tmp_path / "b"])
+    assert (proof.findings, proof.again, proof.compared) == ((), 24, 0)
+    with pytest.raises(ValueError, match="'xxh3', not crc32, crop-crc32, weighted-sum: a later"):
+        LedgerHeader.parse(line.replace(b'"crop-crc32"', b'"xxh3"'))

@@ -18,8 +18,10 @@ from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import LocalDataset
+from pipeline.stream import operators as dali
 from pipeline.stream.augment import Draw, NamedDraw, draw, draw_regions
 from pipeline.stream.config import StreamConfig
+from pipeline.stream.decode import resize_crops, run_to_tensor
 from pipeline.stream.ledger.proof import prove
 from pipeline.stream.order import FullShuffle
 from pipeline.stream.shard_reader import ShardReader
@@ -58,6 +60,55 @@ def test_resized_crops_are_pillows_within_one_level(data, request):
             expected = expected[:, ::-1]
         found = batch.images[place].permute(1, 2, 0).numpy()
         assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+def triangle(stored: int, size: int, *, repeat: bool) -> np.ndarray:
+    """Return the weights [size, stored] of a linear filter, widened to shrink.
+
+    Beyond the border it repeats the edge, as DALI, or leaves out what is there, as Pillow.
+    """
+    scale = stored / size
+    centers, radius = (np.arange(size) + 0.5) * scale - 0.5, max(1.0, scale)
+    places = np.arange(-stored, 2 * stored)
+    weights = np.clip(1 - np.abs(places - centers[:, None]) / radius, 0, None)
+    kept = np.zeros((size, stored))
+    if repeat:
+        np.add.at(kept.T, places.clip(0, stored - 1), weights.T)
+    else:
+        kept += weights[:, stored : 2 * stored]
+    return kept / kept.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    "stored", [(50, 60), (96, 161), (97, 170), (200, 300), (256, 256), (500, 333)]
+)
+def test_resizing_is_pillows_up_to_the_edge(stored):
+    """Black and white noise, the steepest there is; the bounds are those of `resize_crops`."""
+    size = 96, 160
+    noise = np.random.default_rng(0).integers(0, 2, (*stored, 3)).astype(np.uint8) * 255
+    pipe = dali.Pipeline(batch_size=1, num_threads=1, device_id=None)
+    with pipe:
+        image = fn.external_source(
+            lambda: [noise], batch=True, dtype=dali.types.UINT8, layout="HWC"
+        )
+        pipe.set_outputs(resize_crops(StreamConfig(size=size), image))
+    pipe.build()
+    found = run_to_tensor(pipe)[0].numpy().astype(int)
+    pillow = np.asarray(Image.fromarray(noise).resize(size[::-1], Image.Resampling.BILINEAR))
+    sums = {}
+    for repeat in (True, False):
+        rows, columns = (triangle(*pair, repeat=repeat) for pair in zip(stored, size, strict=True))
+        sums[repeat] = np.einsum("iwc,jw->ijc", np.tensordot(rows, noise, 1), columns)
+    assert np.abs(found - sums[True]).max() < 0.51
+    assert np.abs(pillow - sums[False]).max() < 1.01
+    differences = np.abs(found - pillow).max(2)
+    assert differences[1:-1, 1:-1].max() <= 1
+    assert differences.max() <= 255 * 15 / 64 + 1.5
+    corners = differences[:: size[0] - 1, :: size[1] - 1].copy()
+    differences[:: size[0] - 1, :: size[1] - 1] = 0
+    assert differences.max() <= 255 / 8 + 1.5
+    if max(stored[0] / size[0], stored[1] / size[1]) <= 1:
+        assert max(differences.max(), corners.max()) <= 1
 
 
 def torchvisions_region(height: int, width: int, scale, ratio) -> tuple[int, int, int, int]:
