@@ -142,7 +142,7 @@ class Decoder:
         return DecodedBatch(images, [to_tensor(one, gpu).squeeze(-1) for one in others], crops)
 
 
-def run_oncurrent_stream(pipe: dali.Pipeline) -> Any:
+def run_on_current_stream(pipe: dali.Pipeline) -> Any:
     """Run a pipeline of one output and return it, a list of tensors of DALI's.
 
     On a GPU it may still be in the making: torch's current stream of that GPU waits for it, and the
@@ -154,7 +154,7 @@ def run_oncurrent_stream(pipe: dali.Pipeline) -> Any:
 
 def run_to_tensor(pipe: dali.Pipeline) -> torch.Tensor:
     """Run a pipeline of one dense output and return that as a tensor, on the pipeline's device."""
-    return to_tensor(run_oncurrent_stream(pipe), pipe.device_id)
+    return to_tensor(run_on_current_stream(pipe), pipe.device_id)
 
 
 def to_batch(config: StreamConfig, pixels: torch.Tensor) -> torch.Tensor:

@@ -26,8 +26,8 @@ from pipeline.stream.decode import (
     list_draws,
 )
 from pipeline.stream.fields import Labels, MemberReader, SampleMembers, load_labels
-from pipeline.stream.mixture import fit_config, load_statistics, open_reader
-from pipeline.stream.normalization import Floats, Normalization
+from pipeline.stream.mixture import fit_config, open_reader
+from pipeline.stream.normalization import Floats, Normalization, load_statistics
 from pipeline.stream.order import Ids, Slots
 from pipeline.stream.prefetch import Prefetcher
 from pipeline.stream.quarantine import UNDECODABLE, HeaderCheck, Quarantine, TrialDecoder

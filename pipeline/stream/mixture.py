@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.image_stats import Statistics, pool_statistics
 from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest
 from pipeline.remote.dataset import Dataset
@@ -37,12 +36,6 @@ def open_reader(
     """
     readers = [ShardReader(dataset, split, maps=maps, fields=fields) for dataset in datasets]
     return readers[0] if len(readers) == 1 else MixedReader(readers)
-
-
-def load_statistics(datasets: Sequence[Dataset], shares: Sequence[float]) -> Statistics:
-    """Return the statistics of the training images; of several datasets, those of the mixture."""
-    found = [Statistics.load(dataset.folder, Manifest.load(dataset.folder)) for dataset in datasets]
-    return found[0] if len(found) == 1 else pool_statistics(found, shares)
 
 
 def fit_config(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.image_stats import Statistics
+from pipeline.dataset.image_stats import Statistics, pool_statistics
+from pipeline.dataset.manifest import Manifest
+from pipeline.remote.dataset import Dataset
 from pipeline.stream.augment import compute_color_shift
 from pipeline.stream.config import ColorPlan, StreamConfig
 
@@ -93,3 +96,9 @@ def crop_mean_image(statistics: Statistics, size: tuple[int, int]) -> Floats:
         for all_, part in zip(image.shape, size, strict=False)
     )
     return np.ascontiguousarray(image[rows, columns].transpose(2, 0, 1))
+
+
+def load_statistics(datasets: Sequence[Dataset], shares: Sequence[float]) -> Statistics:
+    """Return the statistics of the training images; of several datasets, those of the mixture."""
+    found = [Statistics.load(dataset.folder, Manifest.load(dataset.folder)) for dataset in datasets]
+    return found[0] if len(found) == 1 else pool_statistics(found, shares)
