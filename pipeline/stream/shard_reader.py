@@ -179,10 +179,10 @@ class ShardReader:
         rows = self._index[ids]
         columns = (rows[name].tolist() for name in ("shard", "offset", "size"))
         with self._lock:
-            for shard, *place in zip(*columns, strict=True):
+            for shard, offset, size in zip(*columns, strict=True):
                 # A shard that is not open may have to be fetched first, which takes long.
                 if (file := self._files.get(shard)) is not None:
-                    os.posix_fadvise(file.number, *place, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(file.number, offset, size, os.POSIX_FADV_WILLNEED)
 
     def read(self, ids: Ids, buffer: Bytes | None = None) -> tuple[list[Bytes], dict[int, Damage]]:
         """Read and check samples.
