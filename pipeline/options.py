@@ -82,7 +82,7 @@ class BuildConfig(Options):
     """Endings of masks, PNGs of one channel and 8 bits as large as their image (seg.png): carried
     along, cut with it, and resampled to the nearest pixel."""
     labels: bool = True
-    """Classes of the images. With --no-labels, SRC is a folder, tars or parquet files of images, and
+    """Classes of the images. With --no-labels SRC is a folder, tars or parquet files of images, and
     the set has no classes: a stream gives each image the label -1."""
     min_side: int = 8
     """Images with a side shorter than this many pixels are skipped."""

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -256,6 +256,7 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
                 file.write(content)
                 members[place, number] = offset, len(content), isal_zlib.crc32(content)
                 offset += len(content)
+    others: dict[str, Any] = {"members": members} if members.size else {}
     with job.target.create(chunk_facts_name(job.number), durable=False) as file:
         np.savez(
             file,
@@ -264,7 +265,7 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
             pictures=np.uint32(sums.images),
             picture=sums.image_sum.astype(np.uint32),  # a chunk has far fewer than 2**24 images
             outer=sums.outer,
-            **({"members": members} if members.size else {}),
+            **others,
         )
     return ChunkDone(len(packed), len(reasons))
 

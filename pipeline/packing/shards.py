@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -116,6 +116,7 @@ def write_shard(job: ShardJob) -> int:
         written = write_tar(file, job.number, _read_samples(job), job.encoding, sizes)
     with job.target.create(name.removesuffix(".tar") + ".idx") as file:
         file.write(written.listing)
+    members: dict[str, Any] = {_MEMBER_KEY + name: one for name, one in written.members.items()}
     with job.target.create(shard_facts_name(job.split, job.number)) as file:
         shard = to_shard(name, written)
         np.savez(
@@ -123,7 +124,7 @@ def write_shard(job: ShardJob) -> int:
             rows=written.rows,
             shard=np.array(json.dumps(asdict(shard))),
             content=np.array(hash_content(job.taken, job.members)),
-            **{_MEMBER_KEY + name: rows for name, rows in written.members.items()},
+            **members,
         )
     return len(written.rows)
 

@@ -316,7 +316,7 @@ def _scan_shard(
             try:
                 image = own.find_image()
                 found = find_label(sample, read) if labelled else None
-                members = [find_member(sample, name) for name in fields]
+                others = [find_member(sample, name) for name in fields]
             except UnfitSample as error:
                 names = _name_unfit(own, read, labelled)
                 unfit += [(name, sample.key, error) for name in names]
@@ -325,7 +325,7 @@ def _scan_shard(
                     part.reject_unfit(unfit)
                     unfit = []
                 continue
-            label, title, used = None, None, [image, *members]
+            label, title, used = None, None, [image, *others]
             if found is not None:
                 label, title = found.label, found.title
                 used.append(found.file)
@@ -340,7 +340,7 @@ def _scan_shard(
                 part.repeated_example = part.repeated_example or f"{address}/{escape(name)}"
                 name = f"{name} (at byte {image.offset})"
             seen.add(hash(name))
-            places = [(member.offset, member.size) for member in members]
+            places = [(other.offset, other.size) for other in others]
             part.images.append(_LabelledImage(name, image.offset, image.size, label, title, places))
             if len(part.images) + len(part.rejects) >= SAMPLES:
                 yield part

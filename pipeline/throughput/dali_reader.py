@@ -22,6 +22,7 @@ from pipeline.stream.decode import (
     run_to_tensor,
     to_batch,
 )
+from pipeline.tools.errors import UsageError
 
 _ENDINGS = {**ENDINGS, "jpeg": "jpg;jpeg;JPG;JPEG;Jpeg"}
 """Member name endings in DALI's syntax; shards of other tools may have any of these."""
@@ -39,10 +40,14 @@ class DaliReader:
         Batch, device, threads, prefetch and decoder load are the config's, as in `Stream`.
 
         Raises:
-            UsageError: no dataset, or no such split.
+            UsageError: no dataset, no such split, or no labels.
             SetupError: device `gpu` without a CUDA device.
         """
         manifest = Manifest.load(data)
+        if not manifest.classes:
+            raise UsageError(
+                f"DALI's reader takes labels, too, and {data} has none; use the stream"
+            )
         shards = [data / s.name for s in manifest.split(config.split, data).shards]
         mean = [float(value) for value in Statistics.load(data, manifest).channel_mean]
         self._config = config

@@ -23,6 +23,8 @@ from pipeline.packing.build import build
 from pipeline.packing.chunks import prepare_mask
 from pipeline.packing.plan import Sizing
 from pipeline.packing.resize import prepare_image
+from pipeline.stream.config import StreamConfig
+from pipeline.throughput.dali_reader import DaliReader
 from pipeline.tools.errors import DataError, DuetError, UsageError
 from pipeline.verify import verify
 from tests.helpers.foreign_shards import index
@@ -399,6 +401,8 @@ def test_images_without_labels_are_a_set_without_classes(tmp_path, kind):
         Stream(data, where={"class": "x"}, crop="center", size=32)
     with pytest.raises(UsageError):
         packed(tmp_path / "e", train=source)
+    with pytest.raises(UsageError, match=r"reader takes labels, too, and .* has none"):
+        DaliReader(data, StreamConfig(batch_size=4, size=32, threads=1))
 
 
 def test_labels_may_be_carried_as_a_field(shards, tmp_path):
