@@ -22,7 +22,7 @@ from pipeline import Stream
 RECIPE = {"mean": "channel", "std": "channel", "colour": 0, "layout": "NHWC", "crop": "resized"}
 """Normalized by the training set, channels last in memory, RandomResizedCrop."""
 WHOLE = {"split": "val", "once": True, "scale": (1, 1), "ratio": (1, 1), "flip": 0}
-"""Each validation image once: all of it, resized."""
+"""Each validation image once: its largest square in the middle, resized."""
 
 
 class Block(nn.Module):

@@ -42,7 +42,7 @@ from pipeline.dataset.index import (
     save_index,
 )
 from pipeline.dataset.manifest import NAME as MANIFEST
-from pipeline.dataset.manifest import Manifest, Shard, Split
+from pipeline.dataset.manifest import REJECTS, Manifest, Shard, Split
 from pipeline.dataset.members import (
     MEMBER_DTYPE,
     Members,
@@ -76,7 +76,6 @@ from pipeline.tools.files import HashedFile, atomic_write, ensure_writable, sha2
 from pipeline.tools.processes import map_in_order
 from pipeline.tools.progress import Progress
 
-REJECTS = "rejects.jsonl"
 BAD_SHOWN = 20
 """Lines about bad samples on the terminal; --json has them all."""
 _SPLITS = {

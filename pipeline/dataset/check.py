@@ -25,8 +25,8 @@ from pipeline.dataset.index import (
     map_index,
     sample_key,
 )
+from pipeline.dataset.manifest import DUPLICATES, REJECTS, Manifest, Shard
 from pipeline.dataset.manifest import NAME as MANIFEST
-from pipeline.dataset.manifest import Manifest, Shard
 from pipeline.dataset.members import (
     TEXT_KINDS,
     Members,
@@ -57,7 +57,6 @@ DamageRow = dict[str, Any]
 WebDataset key)."""
 
 DIFFERS = "SHA-256 differs from the manifest"
-REJECTS, DUPLICATES = "rejects.jsonl", "duplicates.jsonl"
 
 
 def make_damage_row(

@@ -28,6 +28,8 @@ from pipeline.tools.jsonl import hash_json, parse_json
 
 VERSION = 1
 NAME = "manifest.json"
+REJECTS, DUPLICATES = "rejects.jsonl", "duplicates.jsonl"
+"""Lists that a build leaves beside the manifest, which has their hashes."""
 LARGEST = 256 * 2**20
 """Size limit of a manifest in bytes (that of a million shards has about 200 MB)."""
 SEAL = "manifest_sha256"

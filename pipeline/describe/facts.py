@@ -20,7 +20,7 @@ from rich.text import Text
 
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import load_index
-from pipeline.dataset.manifest import Manifest, Split
+from pipeline.dataset.manifest import DUPLICATES, REJECTS, Manifest, Split
 from pipeline.remote.dataset import Dataset
 from pipeline.remote.download import Store
 from pipeline.remote.filesystem import Mismatch, is_remote
@@ -29,8 +29,6 @@ from pipeline.tools.files import sha256
 from pipeline.tools.jsonl import Row, read_all_rows
 from pipeline.tools.text import human_bytes
 
-REJECTS = "rejects.jsonl"
-DUPLICATES = "duplicates.jsonl"
 LARGEST_LIST = 2**32
 """Most bytes of a list of rejects or duplicates."""
 KEPT_GROUPS = 12

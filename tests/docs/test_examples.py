@@ -16,11 +16,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
+import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
 import torch.distributed
-from nbclient import NotebookClient
 from torch.utils.data import DataLoader
 
 from pipeline import Stream
@@ -52,22 +52,22 @@ def test_the_notebook_has_no_outputs():
         assert cell.get("execution_count") is None
 
 
-def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_notebook_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Its cells in their order, in this process: a kernel of its own would start for 10 s."""
     monkeypatch.setenv("DUET_EXAMPLE", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    NotebookClient(notebook, timeout=300, kernel_name="python3").execute(cwd=str(tmp_path))
-    said = "".join(
-        output.get("text", "")
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if output.get("name") == "stdout"
-    )
+    monkeypatch.chdir(tmp_path)
+    shown: list[int] = []
+    names: dict[str, object] = {"__name__": "__main__"}
+    monkeypatch.setattr(plt, "show", lambda: shown.append(len(plt.gcf().axes)))
+    for place, cell in enumerate(nbformat.read(NOTEBOOK, as_version=4).cells):
+        if cell.cell_type == "code":
+            exec(compile(cell.source, f"cell {place}", "exec"), names)
+    plt.close("all")
+    said = capsys.readouterr().out
     assert "the same ids and the same pixels, bit for bit" in said
-    kinds = {key for cell in notebook.cells for output in cell.get("outputs", [])
-             for key in output.get("data", {})}  # fmt: skip
-    assert "image/png" in kinds
+    assert shown == [24]
     first, last = (float(word) for word in said.split("loss ")[1].split(" at ")[0].split(" -> "))
     assert last < first
 
@@ -171,14 +171,14 @@ def read_output(run: Path) -> Losses:
 
 
 def test_two_ranks_share_each_batch_and_one_that_is_killed_resumes(figures: Path, tmp_path: Path):
-    """Batches of 10 in 48 samples, halved: the same losses by torch, and by accelerate."""
+    """Batches of 7 in 48 samples, 4 and 3: the same losses by torch, and by accelerate."""
     pytest.importorskip("accelerate")
     run, other = tmp_path / "resnet", tmp_path / "accelerate"
-    words = ["--batch-size", 10, "--epochs", 2, "--save-every", 4]
+    words = ["--batch-size", 7, "--epochs", 1, "--save-every", 3]
     killed = start_ranks("resnet.py", run, figures, run, *words)
     beside = start_ranks("accelerate_loop.py", other, figures, other, *words)
     deadline = time.monotonic() + 120
-    while len(read_output(run)) < 6 and time.monotonic() < deadline:
+    while len(read_output(run)) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     for process in killed:
         process.kill()
@@ -192,12 +192,12 @@ def test_two_ranks_share_each_batch_and_one_that_is_killed_resumes(figures: Path
         process.join(120)
     assert [process.exitcode for process in resumed] == [0, 0]
     losses = read_output(run)  # appended
-    assert 6 <= len(cut) < 10
-    assert list(losses) == list(range(1, 11))
+    assert 4 <= len(cut) < 7
+    assert list(losses) == list(range(1, 8))
     assert losses == read_output(other)
     assert cut.items() <= losses.items()
     for one in (run, other):
-        check_ledger(figures, one, 100)
+        check_ledger(figures, one, 49)
 
 
 def test_accelerate_leaves_a_stream_alone_unless_it_is_told_to_cut_it(figures: Path):

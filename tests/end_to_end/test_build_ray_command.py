@@ -24,6 +24,7 @@ def command(*words: object, environment: dict[str, str]) -> subprocess.Completed
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_as_a_user_starts_it_onto_s3(image_folder, tiny_data, monkeypatch):
     server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()

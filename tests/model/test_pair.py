@@ -32,7 +32,7 @@ class Case:
     dtype: torch.dtype
     classes: int
     layout: torch.memory_format
-    steps: int = 5
+    steps: int = 3
     autocast: bool = False
     design: Design = PAPER
 

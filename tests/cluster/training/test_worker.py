@@ -108,6 +108,17 @@ def test_a_pass_over_the_validation_images_counts_each_once(runs):
     assert (row["top1_error"] * 20) == pytest.approx(round(row["top1_error"] * 20), abs=1e-4)
 
 
+THREE = replace(DRAWN, steps=3, validate_every=0, checkpoint_every=9)
+"""The first step at which the momentum shows is the third."""
+
+
+@pytest.fixture(scope="module")
+def unchanged(tiny_data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("unchanged")
+    alone(THREE, tiny_data, run)
+    return run
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -135,11 +146,11 @@ def test_a_pass_over_the_validation_images_counts_each_once(runs):
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_every_setting_reaches_the_run(runs, tiny_data, tmp_path, change):
+def test_every_setting_reaches_the_run(unchanged, tiny_data, tmp_path, change):
     """A setting that is parsed and then forgotten would leave the losses as they were."""
-    config = Config.from_settings(DRAWN.to_settings() | {"validate_every": 0} | change)
+    config = Config.from_settings(THREE.to_settings() | change)
     alone(config, tiny_data, tmp_path / "run")
-    assert learned(tmp_path / "run") != learned(runs / "one")
+    assert learned(tmp_path / "run") != learned(unchanged)
 
 
 def test_the_watcher_hears_of_start_checkpoints_and_end(tiny_data, tmp_path):

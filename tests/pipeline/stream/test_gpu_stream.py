@@ -44,8 +44,13 @@ def assert_same(found: Batch, host: Batch) -> None:
 RELEASED = {"mean": "image", "colour_divide": True}
 
 
-@pytest.mark.parametrize("settings", [{}, RELEASED, {"prefetch": 1}, {"prefetch": 4}])
-@pytest.mark.parametrize("kind", ["tiny_data", "raw_data"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("tiny_data", {}), ("tiny_data", RELEASED), ("tiny_data", {"prefetch": 1}),
+        ("tiny_data", {"prefetch": 4}), ("raw_data", {}),
+    ],
+)  # fmt: skip
 def test_nothing_in_next_waits_for_a_device_that_is_busy(
     kind, settings, request, tmp_path, fake_gpu: FakeGpu
 ):
