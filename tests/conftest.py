@@ -47,7 +47,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 
 # A machine that is busy at the first example, importing, is no failure.
 settings.register_profile("duet", deadline=None)
-settings.register_profile("short", deadline=None, max_examples=40)
+settings.register_profile("short", deadline=None, max_examples=25)
 settings.load_profile("duet")
 
 

@@ -59,7 +59,7 @@ def format_count(count: int, noun: str) -> str:
     return f"{count} {noun}{'s' if count > 1 else ''}"
 
 
-BLOCK = 2**20
+READ_BYTES = 2**20
 """Bytes read at a time."""
 LARGE = 64 * 2**20
 """Bytes of a buffer that is larger than any processor cache."""
@@ -73,7 +73,7 @@ CHUNK = 16
 
 def measure_page_cache(paths: Sequence[Path], seconds: float) -> Rate:
     """Measure the bytes per second that one thread reads from the page cache, end to end."""
-    buffer = memoryview(bytearray(BLOCK))
+    buffer = memoryview(bytearray(READ_BYTES))
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("rb")).fileno() for path in paths]
         blocks = itertools.cycle(_list_blocks(files, LARGE))
@@ -81,7 +81,7 @@ def measure_page_cache(paths: Sequence[Path], seconds: float) -> Rate:
         def read() -> int:
             return sum(os.preadv(file, [buffer], at) for file, at in itertools.islice(blocks, 32))
 
-        for _ in range(1 + LARGE // (32 * BLOCK)):
+        for _ in range(1 + LARGE // (32 * READ_BYTES)):
             read()  # fills the page cache
         return measure(read, seconds)
 
@@ -92,7 +92,7 @@ def measure_disk(paths: Sequence[Path]) -> tuple[float, float]:
     Returns:
         the rate, and the share of the bytes that the kernel kept in memory nevertheless.
     """
-    buffers = [memoryview(bytearray(BLOCK)) for _ in range(DISK_THREADS)]
+    buffers = [memoryview(bytearray(READ_BYTES)) for _ in range(DISK_THREADS)]
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("rb")).fileno() for path in paths]
         kept = sum(map(drop_page_cache, files)) / max(
@@ -215,7 +215,7 @@ def _measure_gpu_copies(copy: Callable[[], object], size: int, count: int, secon
 
 def _list_blocks(files: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
     """(file, offset) of each block, some of each file, `most` bytes in all."""
-    each = max(BLOCK, most // max(1, len(files)))
+    each = max(READ_BYTES, most // max(1, len(files)))
     for file in files:
-        for at in range(0, min(each, os.fstat(file).st_size), BLOCK):
+        for at in range(0, min(each, os.fstat(file).st_size), READ_BYTES):
             yield file, at

@@ -20,7 +20,7 @@ CACHE_SIZE = 100 * 10**9
 """Default size limit in bytes of the cache of data sets in a store."""
 CACHE_SIZE_FLAG = f"{CACHE_SIZE // 10**9}GB"
 """The same as a flag has it."""
-MAX_SIZE = 2**63
+MAX_BYTES = 2**63
 """Bytes that no size reaches."""
 _SIZE = re.compile(r"\s*(?P<number>\d+(\.\d+)?)\s*(?P<prefix>[kmgtp]?)(?P<binary>i?)b?\s*", re.I)
 
@@ -119,6 +119,6 @@ def parse_size(text: str) -> int:
     base = 1024 if match["binary"] else 1000
     power = " kmgtp".index(match["prefix"].lower() or " ")
     size = float(match["number"]) * base**power
-    if not 1 <= size < MAX_SIZE:
+    if not 1 <= size < MAX_BYTES:
         raise UsageError(f"size {text!r:.60} is out of range; give one such as 500MB or 100GB")
     return int(size)

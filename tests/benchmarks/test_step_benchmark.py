@@ -104,6 +104,7 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert found["passes_share"]["float32"] == pytest.approx(0.3)
 
 
+@pytest.mark.slow
 def test_a_small_run_measures_every_lane() -> None:
     options = "--width 0.03125 --batch-size 2 --rounds 1 --steps 1 --json"
     done = run("step.py", *options.split())

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cluster.checkpoint.format import load_checkpoint
 from cluster.config import read_run_config
 from cluster.experiments.neighbors.features import (
-    BLOCK,
+    BLOCK_ROWS,
     FeatureInfo,
     Features,
     FeatureSource,
@@ -181,7 +181,7 @@ def extract(job: FeatureJob) -> int:
     prepare_device(device, job.threads)
     source, about = job.source, job.about
     net = _load_network(source.checkpoint.path, source.run, job.device, len(about.classes))
-    first, stop = job.blocks.start * BLOCK, about.rows(job.blocks[-1]).stop
+    first, stop = job.blocks.start * BLOCK_ROWS, about.rows(job.blocks[-1]).stop
     writer = FeatureWriter(job.folder, about)
     stream = Stream(
         source.data,

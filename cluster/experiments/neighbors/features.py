@@ -47,7 +47,7 @@ from pipeline.tools.jsonl import parse_json
 FOLDER = "neighbours"
 """Folder in RUN for all files of both commands."""
 VERSION = 1
-BLOCK = 512
+BLOCK_ROWS = 512
 """Rows that are written, and later verified, together."""
 ROWS = np.dtype([("label", "<i4"), ("sound", "u1")])
 MISSING, SOUND, DAMAGED = 0, 1, 2
@@ -158,11 +158,11 @@ class FeatureInfo:
     @property
     def blocks(self) -> int:
         """Number of blocks; the last one may be short."""
-        return -(-self.samples // BLOCK)
+        return -(-self.samples // BLOCK_ROWS)
 
     def rows(self, block: int) -> range:
         """Return the rows of a block."""
-        return range(block * BLOCK, min((block + 1) * BLOCK, self.samples))
+        return range(block * BLOCK_ROWS, min((block + 1) * BLOCK_ROWS, self.samples))
 
     def to_table(self) -> dict[str, Any]:
         """Return the JSON object that `from_table` reads."""
@@ -257,7 +257,7 @@ def seal_features(
     table = info.to_table() | {
         "sha256_of": "labels and sound flags; the features themselves have a CRC-32 per block",
         "rows_sha256": sha256(path),
-        "block": BLOCK,
+        "block": BLOCK_ROWS,
         "crc32": crc,
         "damaged": int((~sound).sum()),
     }
@@ -319,7 +319,7 @@ class FeatureWriter:
         """
         incomplete = []
         for block in range(self.about.blocks):
-            rows = slice(block * BLOCK, (block + 1) * BLOCK)
+            rows = slice(block * BLOCK_ROWS, (block + 1) * BLOCK_ROWS)
             if not self._flags[rows].all() or compute_crc32(self._values[rows]) != self._crc[block]:
                 self._flags[rows] = MISSING
                 incomplete.append(block)

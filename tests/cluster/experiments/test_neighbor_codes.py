@@ -22,7 +22,7 @@ from cluster.experiments.neighbors.coders import (
 )
 from cluster.experiments.neighbors.codes import compute_recall, main
 from cluster.experiments.neighbors.features import (
-    BLOCK,
+    BLOCK_ROWS,
     FeatureInfo,
     Features,
     compute_crc32,
@@ -64,7 +64,7 @@ def put(folder: Path, split: str, count: int, seed: int, checkpoint: str = "ab")
     np.save(folder / f"features-{split}.npy", rows)
     sound = np.ones(count, bool)
     sound[3] = False
-    crc = [compute_crc32(rows[start : start + BLOCK]) for start in range(0, count, BLOCK)]
+    crc = [compute_crc32(rows[start : start + BLOCK_ROWS]) for start in range(0, count, BLOCK_ROWS)]
     seal_features(folder, about, labels, sound, crc)
     return Features(folder, split)
 

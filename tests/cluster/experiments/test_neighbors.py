@@ -173,7 +173,7 @@ def test_an_image_is_not_its_own_neighbour(run, tiny_data, capsys):
 def small_blocks(monkeypatch):
     """Blocks of 8 rows, in this process and, by the environment, in workers."""
     for module in ("features", "extract"):
-        monkeypatch.setattr(f"cluster.experiments.neighbors.{module}.BLOCK", 8)
+        monkeypatch.setattr(f"cluster.experiments.neighbors.{module}.BLOCK_ROWS", 8)
     monkeypatch.setattr("cluster.experiments.neighbors.extract.BATCH", 8)
 
 
