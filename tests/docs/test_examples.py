@@ -172,15 +172,16 @@ def read_output(run: Path) -> Losses:
     return read_losses(Path(f"{run}.0.out").read_text())
 
 
+@pytest.mark.slow
 def test_two_ranks_share_each_batch_and_one_that_is_killed_resumes(figures: Path, tmp_path: Path):
-    """Batches of 6, halved: the same losses by torch, and by accelerate."""
+    """Batches of 10 in 48 samples, halved: the same losses by torch, and by accelerate."""
     pytest.importorskip("accelerate")
     run, other = tmp_path / "resnet", tmp_path / "accelerate"
-    words = ["--batch-size", 6, "--epochs", 1, "--save-every", 3]
+    words = ["--batch-size", 10, "--epochs", 2, "--save-every", 4]
     killed = start_ranks("resnet.py", run, figures, run, *words)
     beside = start_ranks("accelerate_loop.py", other, figures, other, *words)
     deadline = time.monotonic() + 120
-    while len(read_output(run)) < 4 and time.monotonic() < deadline:
+    while len(read_output(run)) < 6 and time.monotonic() < deadline:
         time.sleep(0.01)
     for process in killed:
         process.kill()
@@ -194,12 +195,12 @@ def test_two_ranks_share_each_batch_and_one_that_is_killed_resumes(figures: Path
         process.join(120)
     assert [process.exitcode for process in resumed] == [0, 0]
     losses = read_output(run)  # appended
-    assert 4 <= len(cut) < 8
-    assert list(losses) == list(range(1, 9))
+    assert 6 <= len(cut) < 10
+    assert list(losses) == list(range(1, 11))
     assert losses == read_output(other)
     assert cut.items() <= losses.items()
     for one in (run, other):
-        check_ledger(figures, one, SAMPLES)
+        check_ledger(figures, one, 100)
 
 
 def test_accelerate_leaves_a_stream_alone_unless_it_is_told_to_cut_it(figures: Path):
