@@ -22,6 +22,7 @@ from tests.helpers.training_processes import (  # noqa: F401
     LOOPBACK,
     REPOSITORY,
     SETTINGS,
+    STEPS,
     WORKER,
     end_processes,
     listening,
@@ -32,9 +33,6 @@ from tests.helpers.training_processes import (  # noqa: F401
     tiny_config,
 )
 from tests.helpers.training_runs import Call, rows, together
-
-STEPS = 40
-SHORT = SETTINGS | {"steps": STEPS}
 
 
 @pytest.fixture
@@ -48,7 +46,7 @@ def damaged(data: Path) -> Path:
 def oracle(damaged: Path, tmp_path: Path) -> list[tuple[int, float]]:
     """(position, loss) of every step of the same run by two bare processes: no Ray, no cuts."""
     run = tmp_path / "oracle"
-    together(tmp_path / "job", [Call(Config.from_settings(SHORT), damaged, run)])
+    together(tmp_path / "job", [Call(Config.from_settings(SETTINGS), damaged, run)])
     return losses(run)
 
 
@@ -103,9 +101,7 @@ def test_a_remote_set_with_a_damaged_image_outlives_a_killed_worker_and_is_finis
     run = tmp_path / "run"
     with Server(damaged) as server:
         cache = ("--cache", tmp_path / "cache", "--cache-size", "1GB")
-        words = (
-            config, "--steps", STEPS, "--data", server.address, *cache, "--run", run, "--ledger",
-        )  # fmt: skip
+        words = (config, "--data", server.address, *cache, "--run", run, "--ledger")
         one = command(*words)
         one.until("checkpoint")
         doors = listening(one.mark)
@@ -191,7 +187,7 @@ def wait_for_spare(mark: str) -> set[int]:
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on(command, config, damaged, tmp_path, oracle):
     run = tmp_path / "run"
-    words = (config, "--steps", STEPS, "--data", damaged, "--run", run, "--ledger")
+    words = (config, "--data", damaged, "--run", run, "--ledger")
     one = command(*words)
     one.until("checkpoint")
     os.killpg(one.process.pid, signal.SIGINT)  # as a terminal does: Ray's processes get it, too

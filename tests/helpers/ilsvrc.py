@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from pipeline.sources import Listing, imagenet, scan
+from pipeline.sources import Listing, scan
 from tests.helpers import tars
 
 tar_of = partial(tars.tar_of, format=tarfile.GNU_FORMAT)
@@ -22,10 +22,6 @@ WNIDS = [f"n{1440764 + 7919 * (387 * place % LEAVES):08d}" for place in range(LE
 TRUTH = np.random.default_rng(0).integers(1, LEAVES + 1, VALIDATION).tolist()
 SHOWN = (1, 2, 3, 48_981, 50_000)
 """The validation images that the archives of the tests hold."""
-
-
-read_structs_once = cache(imagenet.read_structs)
-"""The reader forks this process and unpacks 1,860 structs: half a second for each call."""
 
 
 def words(wnid: str) -> str:
@@ -110,8 +106,7 @@ def train_tar(folder: Path, wnids: list[str]) -> Path:
 
 
 @pytest.fixture(name="listed")
-def scans(tmp_path, monkeypatch):
-    monkeypatch.setattr(imagenet, "read_structs", read_structs_once)
+def scans(tmp_path):
     count = iter(range(1000))
 
     def scanned(source, split="val", **options) -> Listing:
