@@ -35,6 +35,9 @@ class _Box:
         events, self._events = self._events, []
         return events
 
+    def clear(self) -> None:
+        self._events, self._stops = [], False
+
     def request_stop(self) -> None:
         self._stops = True
 
@@ -61,6 +64,10 @@ class Channel:
 
         events: list[Event] = ray.get(self._box.take.remote())
         return events
+
+    def clear(self) -> None:
+        """Drop events and the stop request of the last start: to start an actor takes seconds."""
+        self._box.clear.remote()
 
     def request_stop(self) -> None:
         """Have the workers save a checkpoint after their current step, and return."""

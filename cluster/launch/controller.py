@@ -24,7 +24,6 @@ from typing import Any
 
 from cluster.checkpoint.storage import find_last_step
 from cluster.config import Config
-from cluster.launch.channel import Channel
 from cluster.launch.failure import Failure
 from cluster.launch.placement import (
     Node,
@@ -64,7 +63,7 @@ ROOM_EVERY = 0.5
 """Seconds between attempts to place the workers."""
 RELEASE_TIMEOUT = 15.0
 """Seconds that Ray may take to release the resources of workers that have ended."""
-START_TIMEOUT = 60.0
+START_TIMEOUT = 180.0
 """Seconds that workers have to start, and to import what they need."""
 GRACE = 5.0
 """Seconds that workers have to notice that another has died: their next collective call fails."""
@@ -325,7 +324,7 @@ class WorkerGroup:
         """They began to train; stopped on request; made the last step."""
         self.failure = Failure()
         """Causes of a failure, if they failed; has the worker table once they are placed."""
-        self.channel = Channel()
+        self.channel = workers.open_channel()
         self.seconds: dict[str, float] = {}
         """Seconds of each stage of the start."""
         self._workers, self._begun = workers, time.monotonic()

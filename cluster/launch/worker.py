@@ -86,8 +86,11 @@ class TrainWorker:
         import ray
 
         import cluster.run.exporters
-        import cluster.training.loop  # noqa: F401 - torch and DALI: seconds
+        import cluster.training.loop  # noqa: F401 - torch: seconds
+        from pipeline.stream.operators import import_dali
 
+        with suppress(SetupError):  # the training says it, with what to do
+            import_dali()
         gc.freeze()  # collections of later need not look at what was imported
         node = ray.get_runtime_context().get_node_id()
         location = WorkerLocation(node, get_node_name(node), read_gpu(ray.get_gpu_ids()))

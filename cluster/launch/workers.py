@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+from cluster.launch.channel import Channel
 from cluster.launch.placement import Placement, WorkerLocation
 from cluster.launch.worker import Membership, TrainWorker, WorkerJob, expose_gpus
 
@@ -78,6 +79,7 @@ class Workers:
         self._spares_wanted, self._environment = spares, dict(environment)
         self._seats: list[_Seat] = []
         self._members: list[Membership] = []
+        self._channel: Channel | None = None
         self._spares: dict[str, list[_Actor]] = {}
         """Spares by Ray's id of their node."""
 
@@ -98,6 +100,14 @@ class Workers:
                 self._end(spare, node)
         for seat in self._seats:
             seat.actor = seat.actor or self._take_spare(seat) or self._start(seat)
+
+    def open_channel(self) -> Channel:
+        """Return the channel to the workers, as if it were new."""
+        if self._channel is None:
+            self._channel = Channel()
+        else:
+            self._channel.clear()
+        return self._channel
 
     def warm_up(self) -> list[Any]:
         """Return a reference for each worker, in rank order: it is there when the worker is ready.
@@ -170,7 +180,7 @@ class Workers:
         for node, spares in self._spares.items():
             for spare in spares:
                 self._end(spare, node)
-        self._seats, self._spares, self.placement = [], {}, None
+        self._seats, self._spares, self.placement, self._channel = [], {}, None, None
 
     def __enter__(self) -> Workers:
         return self
