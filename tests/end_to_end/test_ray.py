@@ -32,7 +32,7 @@ from tests.helpers.training_processes import (  # noqa: F401
     strangers,
     tiny_config,
 )
-from tests.helpers.training_runs import Call, rows, together
+from tests.helpers.training_runs import Call, together
 
 
 @pytest.fixture
@@ -144,43 +144,6 @@ def wait_until_gone(mark: str) -> None:
     while processes(mark) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert processes(mark) == []
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_killed_replica_costs_no_step_and_a_spare_takes_its_place(
-    command, config, tiny_data, tmp_path
-):
-    run = tmp_path / "run"
-    words = ("--replicas", 2, "--columns-per-worker", 2, "--checkpoint-every", 5000)
-    one = command(config, "--data", tiny_data, "--run", run, *words, "--steps", 20_000)
-    one.until("starting: ")
-    (spare,) = wait_for_spare(one.mark)
-    for number in range(2):  # the leader and the other; the second time the spare is a new one
-        leader, other = sorted(processes(one.mark, WORKER))[:2]
-        before = rows(run)[-1]["step"]
-        os.kill((leader, other)[number], signal.SIGKILL)
-        line = one.until("restarted, going on from step")
-        assert int(line.split("step ")[1].split()[0].strip(":,")) >= before
-        assert number or spare in processes(one.mark, WORKER)
-        wait_for_spare(one.mark)
-    os.killpg(one.process.pid, signal.SIGINT)
-    assert one.end() == 130
-    steps = [row["step"] for row in rows(run)]
-    assert steps == list(range(1, len(steps) + 1))
-    assert strangers(one.lines) == []
-
-
-def wait_for_spare(mark: str) -> set[int]:
-    """Wait until a spare has imported what it needs; return its process id."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        idle = set(processes(mark, "ray::TrainWorker")) - set(processes(mark, WORKER))
-        if any(b"libdali" in Path(f"/proc/{pid}/maps").read_bytes() for pid in idle):
-            time.sleep(1)
-            return idle
-        time.sleep(0.2)
-    raise AssertionError("no spare")
 
 
 @pytest.mark.ray
