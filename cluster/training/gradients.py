@@ -211,9 +211,9 @@ class GradientTree(GradientAverage):
                 parameter.grad = None
 
     def close(self) -> None:
-        """Remove the hooks and end the thread."""
+        """Remove the hooks; the thread, which may wait for a dead replica, ends by itself."""
         super().close()
-        self._thread.shutdown()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(eq=False)
