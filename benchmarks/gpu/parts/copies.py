@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline.dataset.images import Encoding, encode_npy
 from pipeline.dataset.index import Index, load_index, save_index
 from pipeline.dataset.manifest import Manifest, Shard
-from pipeline.dataset.shards import shard_name, to_shard, write_tar
+from pipeline.dataset.shards import SampleContent, shard_name, to_shard, write_tar
 from pipeline.remote.dataset import LocalDataset
 from pipeline.stream.shard_reader import Bytes, ShardReader
 
@@ -57,9 +57,10 @@ def make_raw(data: Path, folder: Path) -> Path:
     jpegs = read_samples(data, RAW_IMAGES)
     folder.mkdir()
 
-    def pixels(first: int) -> Iterator[tuple[bytes, int]]:
+    def pixels(first: int) -> Iterator[SampleContent]:
         for jpeg in jpegs[first : first + RAW_SHARD]:
-            yield encode_npy(np.asarray(Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB"))), 0
+            image = np.asarray(Image.open(io.BytesIO(jpeg.tobytes())).convert("RGB"))
+            yield SampleContent(encode_npy(image), 0)
 
     starts = range(0, len(jpegs), RAW_SHARD)
     built = [_write_shard(folder, n, pixels(s), "raw") for n, s in enumerate(starts)]
@@ -75,8 +76,8 @@ def damage_sample(
 
     Its CRC-32 is that of the edited bytes, so that nothing stops it on its way to the decoder.
     """
-    jpegs = [(jpeg.tobytes(), 0) for jpeg in read_samples(data, samples)]
-    jpegs[place] = (edit(jpegs[place][0]), 0)
+    jpegs = [SampleContent(jpeg.tobytes(), 0) for jpeg in read_samples(data, samples)]
+    jpegs[place] = SampleContent(edit(jpegs[place].image), 0)
     folder.mkdir()
     shard, rows = _write_shard(folder, 0, jpegs, "jpeg")
     _seal(Manifest.load(data), data, folder, [shard], rows, "jpeg")
@@ -93,7 +94,7 @@ def read_samples(data: Path, count: int) -> list[Bytes]:
 
 
 def _write_shard(
-    folder: Path, number: int, samples: Iterable[tuple[bytes, int]], encoding: Encoding
+    folder: Path, number: int, samples: Iterable[SampleContent], encoding: Encoding
 ) -> tuple[Shard, Index]:
     """Write a train shard and its `.idx`; return its manifest entry and index rows."""
     name = shard_name("train", number)
