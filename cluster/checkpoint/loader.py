@@ -92,6 +92,12 @@ class _Discovery:
     is_in_memory: bool = False
     """True if the state of `mark`, a newer one, is in the memory of some workers."""
 
+    @property
+    def saved(self) -> int:
+        """Step of the checkpoint that a failure would go back to; 0: none."""
+        name = self.newest or next(iter(self.names), "")
+        return parse_step(name) if name else 0
+
 
 def identify_run(
     run: Path, config: Config, data_sha256: str, samples: int, own: str = ""
@@ -164,7 +170,7 @@ def load_newest(
     tell: Tell,
     run_id: str = "",
     memory: Memory | None = None,
-) -> tuple[Mark, Errors]:
+) -> tuple[Mark, Errors, int]:
     """Load the newest sound state, of memory or a checkpoint; a collective call of all processes.
 
     Damaged checkpoints are skipped with a warning. Incomplete ones are removed.
@@ -180,7 +186,8 @@ def load_newest(
         memory: state that this process has kept, or not.
 
     Returns:
-        Step and position of the state, and (on the leader) the errors of all checkpoints.
+        Step and position of the state; (on the leader) the errors of all checkpoints; and the step
+        of the newest checkpoint that is not known to be damaged.
 
     Raises:
         DataError: all checkpoints are damaged, or the newest is of another network.
@@ -201,7 +208,7 @@ def load_newest(
             if mesh.is_leader:
                 tell(Warned(f"{UNUSED} ({trouble}); the newest checkpoint is"))
             return load_newest(storage, run, mesh, net, optimizer, tell, run_id)
-        return seen.mark, seen.errors
+        return seen.mark, seen.errors, seen.saved
     if seen.names and not seen.newest:
         raise DataError(
             f"no checkpoint in {storage.address} is sound; restore one, or name another --run to "
@@ -213,7 +220,7 @@ def load_newest(
         )
         load_checkpoint(path, net, optimizer)
         del holder  # and downloaded files with it
-    return seen.mark, seen.errors
+    return seen.mark, seen.errors, seen.saved
 
 
 def _load_offer(
@@ -259,15 +266,20 @@ def _discover(
         storage.prepare()
         storage.remove_unfinished(parse_step(seen.names[0]) if seen.names else 0)
         seen.errors = {name: read_error(storage, name) for name in seen.names}
-        saved = parse_step(seen.names[0]) if seen.names else 0
+        saved = seen.saved
         written = next((row.get("step", 0) for row in read_tail(run / METRICS, 1)), 0)
         offer, why = choose_offer(offers, columns, written, saved)
         if why:
             tell(Warned(f"{UNUSED} ({why}); the checkpoint of step {saved} is"))
         if offer is not None:
-            append_row(run / METRICS, offer.mark.step, offer.row)
-            seen.mark, seen.is_in_memory = offer.mark, True
-            return None, seen
+            try:
+                append_row(run / METRICS, offer.mark.step, offer.row)
+            except OSError as error:
+                why = f"{run / METRICS} cannot be written: {summarize_error(error)}"
+                tell(Warned(f"{UNUSED} ({why}); the checkpoint of step {saved} is"))
+            else:
+                seen.mark, seen.is_in_memory = offer.mark, True
+                return None, seen
         found = find_sound(storage, seen.names, tell)
         if found is not None and (words := describe_stranger(found.run, run_id)):
             raise SetupError(f"{storage.address} holds checkpoints {words}; name another --store")

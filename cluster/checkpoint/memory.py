@@ -180,6 +180,7 @@ def receive_columns(
     """
     needs = mesh.gather(sorted({find_column(key) for key in wanted}))
     found: State = {}
+    trouble = ""
     for column in sorted({column for needed in needs for column in needed}):
         holds = [o is not None and o.mark == mark and column in o.hashes for o in offers]
         source = holds.index(True)
@@ -191,13 +192,20 @@ def receive_columns(
                 for tensor in select_column(own, column).values():
                     dist.send(tensor.detach().contiguous(), mesh.order[place])
             elif mesh.rank == place:
-                state = {k: torch.empty_like(t) for k, t in select_column(wanted, column).items()}
-                for key, tensor in state.items():
-                    state[key] = tensor.contiguous()
-                    dist.recv(state[key], mesh.order[source])
-                if hash_state(state) != expected:
-                    raise DataError(f"column {'ab'[column]} of step {mark.step} arrived damaged")
+                state = _receive(select_column(wanted, column), mesh.order[source])
+                if hash_state(state) != expected:  # the sender still sends what follows
+                    trouble = f"column {'ab'[column]} of step {mark.step} arrived damaged"
                 found |= state
         if holds[mesh.rank] and column in needs[mesh.rank]:
             found |= select_column(own, column)
+    if trouble:
+        raise DataError(trouble)
     return found
+
+
+def _receive(wanted: State, source: int) -> State:
+    """Return tensors like some others, received from a rank of torch.distributed."""
+    state = {key: torch.empty_like(tensor).contiguous() for key, tensor in wanted.items()}
+    for tensor in state.values():
+        dist.recv(tensor, source)
+    return state

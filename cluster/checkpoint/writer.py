@@ -165,10 +165,9 @@ class CheckpointManager:
             DataError: there are some, and none is sound.
             SetupError: they cannot be reached.
         """
-        mark, self._errors = load_newest(
+        mark, self._errors, self._good = load_newest(
             self._storage, self._run, self._mesh, net, optimizer, self._tell, self._run_id, memory
         )
-        self._good = max(map(parse_step, self._errors), default=0)
         return mark
 
     @property

@@ -75,8 +75,8 @@ def judge_local_job(
     least = config.replica_sizes[0] * size
     images = config.microbatch_size(config.replica_sizes[0])  # of the fewest replicas
     need = estimate_memory(config, classes, size).count_bytes(images)
-    microbatch = max(1, images // 4)
-    smaller = f"--microbatch {microbatch}, or a smaller --width"
+    halves = [images // n for n in (2, 4) if images % n == 0]  # what exact sums allow
+    smaller = f"--microbatch {min(halves)}, or a smaller --width" if halves else "a smaller --width"
     if gpu:
         room = judge_room(config, [replace(node, cpus=max(have.cores, least))])
         yield room

@@ -20,15 +20,16 @@ INTERNET = (socket.AF_INET, socket.AF_INET6)
 
 def list_addresses() -> dict[str, list[str]]:
     """Return the addresses of each interface of this machine; IPv4 first, without zones."""
-    return {
-        name: [
+    held: dict[str, list[str]] = {}
+    for label, found in psutil.net_if_addrs().items():
+        name = label.partition(":")[0]  # a second address may be called eth0:1
+        held.setdefault(name, []).extend(
             one.address.partition("%")[0]
             for family in INTERNET
             for one in found
             if one.family == family
-        ]
-        for name, found in psutil.net_if_addrs().items()
-    }
+        )
+    return held
 
 
 def find_interface(address: str, addresses: Mapping[str, list[str]]) -> str:

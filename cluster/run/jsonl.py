@@ -16,6 +16,8 @@ from pipeline.tools.errors import SetupError, refuse_forbidden
 from pipeline.tools.files import atomic_write, sync_path
 from pipeline.tools.jsonl import Row, parse_rows
 
+MOST_ROW = 1200
+"""Bytes that no row of a run is as long as."""
 MOST = 1 << 22
 """Bytes of rows kept in memory before an unrequested sync to disk."""
 WAITS = ("wait_storage", "wait_feed", "wait_decode", "wait_transfer")
@@ -257,8 +259,9 @@ def read_tail(path: Path, most: int) -> Iterator[Row]:
     try:
         with path.open("rb") as file:
             end = file.seek(0, os.SEEK_END)
-            file.seek(max(0, end - most * 600))
-            lines = file.read().splitlines()
+            file.seek(max(0, end - (most + 1) * MOST_ROW))
+            whole, _, _ = file.read().rpartition(b"\n")  # the last row may be half written
+            lines = whole.splitlines()
     except OSError as error:
         refuse_forbidden(error)
         return

@@ -24,7 +24,7 @@ from cluster.training.gradients import GradientAverage, GradientTree
 from cluster.training.learning_rate import RateControl, RateSettings
 from cluster.training.pair_batches import PairBatches
 from cluster.training.passes import CudaGraph
-from cluster.training.precision import compute_dtype
+from cluster.training.precision import compute_dtype, count_threads
 from cluster.training.step import TrainStep
 from model.alexnet import AlexNet
 from model.column_threads import ColumnThreads
@@ -40,7 +40,7 @@ from pipeline.tools.text import hide_credentials
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """All components of a training, in the state of the newest checkpoint."""
+    """All components of a training, in the newest state, of a checkpoint or of memory."""
 
     config: Config
     data: str
@@ -249,7 +249,8 @@ def describe_workers(config: Config, mesh: ProcessMesh) -> str:
         each += " each" if mesh.replicas > 1 else ""
     device = mesh.device.type if mesh.device.type == "cpu" else torch.cuda.get_device_name()
     many = "workers" if mesh.world_size > 1 else "worker"
-    threads = f"{mesh.cores} thread{'s' if mesh.cores > 1 else ''}"
+    count = count_threads(config, mesh)
+    threads = f"{count} thread{'s' if count > 1 else ''}{' a column' if config.exact else ''}"
     return (
         f"{mesh.world_size} {many} ({each}, {threads}), {device}, "
         f"{compute_dtype(config.dtype, mesh.device)}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from threading import Lock
 from typing import Any
 
@@ -162,19 +163,20 @@ class GradientTree(GradientAverage):
         self._mesh = mesh
         self.waits = Stopwatch()
         self.share = 1 / mesh.replicas
-        self._whole = {
-            p: torch.empty_like(p) for p in net.parameters() if columns and p.requires_grad
-        }
-        of_columns = [list(column.parameters()) for column in columns]
+        self._whole: dict[nn.Parameter, tuple[Tensor, list[nn.Parameter]]] = {}
+        """Gradient of each parameter, and the parameters of the columns that make it up."""
         self._leaves: dict[nn.Parameter, _Leaves] = {}
-        for index, parameter in reversed(list(enumerate(net.parameters()))):
+        of_columns = zip(*(column.parameters() for column in columns), strict=True)
+        for parameter, own in reversed(list(zip_longest(net.parameters(), of_columns))):
             if not parameter.requires_grad:
                 continue
-            if not columns:
+            if own is None:
                 self._leaves[parameter] = _Leaves()
-            places = self._whole[parameter].chunk(len(columns)) if columns else ()
-            for of_column, place in zip(of_columns, places, strict=True):
-                self._leaves[of_column[index]] = _Leaves(place)
+                continue
+            gradient = torch.empty_like(parameter)
+            self._whole[parameter] = gradient, list(own)
+            for one, place in zip(own, gradient.chunk(len(own)), strict=True):
+                self._leaves[one] = _Leaves(place)
         self._lock = Lock()  # columns compute in threads
         self._thread = ThreadPoolExecutor(1, "gradients")
         self._stream = torch.cuda.Stream() if mesh.device.type == "cuda" else None
@@ -204,11 +206,11 @@ class GradientTree(GradientAverage):
     def finish(self) -> None:
         """Wait until every gradient is the sum over the tree."""
         super().finish()
-        for parameter, gradient in self._whole.items():
-            parameter.grad = gradient
-        for parameter, leaves in self._leaves.items():
-            if leaves.place is not None:
-                parameter.grad = None
+        for parameter, (gradient, of_columns) in self._whole.items():
+            if all(one.grad is not None for one in of_columns):
+                parameter.grad = gradient
+            for one in of_columns:
+                one.grad = None
 
     def close(self) -> None:
         """Remove the hooks; the thread, which may wait for a dead replica, ends by itself."""

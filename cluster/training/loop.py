@@ -20,7 +20,7 @@ from cluster.run.kernels import copy_first_kernels, is_snapshot_step
 from cluster.training.components import Training, describe_workers, open_stream, prepare_training
 from cluster.training.finite_check import check_finite
 from cluster.training.pair_batches import PairBatches
-from cluster.training.precision import prepare_device
+from cluster.training.precision import prepare_for
 from model.metrics import count_errors, round_shares
 from model.optimizer import compute_layer_statistics
 from model.timing import HostCopy
@@ -48,10 +48,11 @@ def train(
         memory: keeps the state of this process for the next call, should another process fail.
 
     Raises:
-        NotFinite: the loss is NaN or infinite; all processes raise it.
+        NotFinite: the loss is NaN or infinite; both columns of the replica whose loss it is raise
+            it, and the other replicas lose them.
         DataError, SetupError: from the stream, or the last checkpoint cannot be written.
     """
-    prepare_device(mesh.device, 1 if config.exact else mesh.cores, is_exact=config.exact)
+    prepare_for(config, mesh)
     with prepare_training(config, data, run, mesh, tell, publish, identity, memory) as training:
         if mesh.is_leader:
             step, saved = training.mark.step, training.checkpoints.last_step

@@ -12,7 +12,8 @@ import torch
 from pipeline.stream.transfer import select_gpu
 
 if TYPE_CHECKING:
-    from cluster.config import Dtype
+    from cluster.config import Config, Dtype
+    from cluster.mesh import ProcessMesh
 
 # glibc, malloc.h: numbers of the parameters of mallopt(3).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
@@ -49,6 +50,17 @@ def compute_dtype(wanted: Dtype, device: torch.device) -> torch.dtype:
 def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
     """Return the autocast context for the network; for float32 it is disabled."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def prepare_for(config: Config, mesh: ProcessMesh) -> None:
+    """Choose torch's settings for a training: those of `prepare_device`, and of exact sums."""
+    # A CPU's kernels cut some sums by their threads.
+    prepare_device(mesh.device, count_threads(config, mesh), is_exact=config.exact)
+
+
+def count_threads(config: Config, mesh: ProcessMesh) -> int:
+    """Return the CPU threads that compute each column, or both if they are computed as one."""
+    return 1 if config.exact else mesh.cores
 
 
 def prepare_device(

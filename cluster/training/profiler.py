@@ -28,7 +28,7 @@ from cluster.run.metrics import MetricsLog
 from cluster.training.components import Training, prepare_training, read_origin
 from cluster.training.loop import make_steps
 from cluster.training.pair_batches import PairBatches
-from cluster.training.precision import prepare_device
+from cluster.training.precision import prepare_for
 from cluster.training.step import ReplicaBatch
 from model.exchange import Exchange
 from pipeline.stream.timing import WaitTimes
@@ -89,7 +89,7 @@ def measure(config: Config, data: str, mesh: ProcessMesh, tell: Tell) -> None:
     Raises:
         DuetError: from the data set.
     """
-    prepare_device(mesh.device, mesh.cores)
+    prepare_for(config, mesh)
     # A rate near 0: so many steps on the same few batches could end in a loss that is NaN.
     config = replace(
         config, validate_every=0, statistics_every=0, store="", ledger=False, tensorboard=False,

@@ -141,7 +141,9 @@ class TrainStep:
         """
         if not self._average.is_exact:
             return self._passes.infer(images)
-        return torch.cat([self._passes.infer(part) for part in images.split(self._microbatch)])
+        return torch.cat(
+            [self._passes.infer(part) for part in images.split(self._microbatch or len(images))]
+        )
 
     def _compute_gradients(self, batch: ReplicaBatch, position: int, check: Check) -> Tensor:
         """Compute the gradient of the mean loss, one micro-batch after the other.

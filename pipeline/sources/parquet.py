@@ -141,7 +141,8 @@ def find_member_columns(
     schema, found = file.schema_arrow, {}
     for name in fields:
         stem, _, kind = name.rpartition(".")
-        place = max(schema.get_field_index(one) for one in (name, stem))
+        places = (schema.get_field_index(one) for one in (name, stem))
+        place = next((place for place in places if place >= 0), -1)
         if place < 0:
             wanted = f"the field {name!r}, {name!r}" + (f" or {stem!r}" if stem else "")
             raise _column_error(schema, address, wanted)

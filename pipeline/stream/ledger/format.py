@@ -28,7 +28,8 @@ from pipeline.stream.order import Ids
 from pipeline.stream.selection.record import Selection
 from pipeline.tools.jsonl import parse_json
 
-VERSION = 1
+VERSION = 2
+"""Newest version; those that wrote 1 would take all checksums of a CPU for `crc32`."""
 ENDING = ".ledger"
 FRAME = struct.Struct("<IIQII")
 _AFTER_CRC = 4
@@ -122,7 +123,7 @@ class LedgerHeader:
 
     def to_line(self) -> bytes:
         """Return the first line of a file."""
-        facts = {"ledger": VERSION, **asdict(self)}
+        facts = {"ledger": 1 if self.checksum == "crc32" else VERSION, **asdict(self)}
         return (json.dumps(facts) + "\n").encode()
 
     @classmethod
@@ -133,8 +134,8 @@ class LedgerHeader:
             ValueError: the line is not a header; the message says why.
         """
         facts = parse_json(line)
-        if not isinstance(facts, dict) or facts.get("ledger") != VERSION:
-            raise ValueError(f"its first line is not that of a ledger of version {VERSION}")
+        if not isinstance(facts, dict) or facts.get("ledger") not in (1, VERSION):
+            raise ValueError(f"its first line is not that of a ledger of version 1 or {VERSION}")
         facts = {f.name: f.default for f in fields(cls) if f.default is not MISSING} | facts
         if "view" in facts:  # as it was called, in the words it had
             facts["crop"] = {"centre": "center"}.get(facts["view"], facts["view"])

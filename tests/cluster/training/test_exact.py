@@ -67,7 +67,9 @@ def assert_same_bits(whole: Path, other: Path) -> None:
     for name in (METRICS, "validation.jsonl", "layers.jsonl"):
         assert read_rows(other, name) == read_rows(whole, name)
         assert read_rows(whole, name)
-    for file in (whole / CHECKPOINTS / f"step-{STEPS:08d}").glob("*.safetensors"):
+    files = sorted((whole / CHECKPOINTS / f"step-{STEPS:08d}").glob("*.safetensors"))
+    assert len(files) == 2
+    for file in files:
         there = other / file.relative_to(whole)
         assert there.read_bytes() == file.read_bytes(), file.name
 
