@@ -24,13 +24,15 @@ StoreKind = Literal["disk", "nfs", "s3", "gs", "http"]
 """Kinds of stores that a job may read a data set from."""
 MOST_IMAGES, MOST_GPUS = 10**12, 10**6
 """Most images of an epoch, and GPUs of a job, that a plan is made for."""
+MOST_FIELD = 87
+"""Letters of a field: with a key of 12 and a dot, 100 bytes, the most of a name in a tar."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildConfig(Options):
     """Pack images into a sealed data set of WebDataset shards.
 
-    The kind of SRC is detected. Every image is cut to 256x256, or as --size and --fit say, shuffled
+    The kind of SRC is detected. Every image is cut and resized as --fit and --size say, shuffled
     over its whole split by the seed, and packed: as a JPEG, or with --encoding raw as its pixels,
     which need no decoding and about six times the space. Images that cannot be read are skipped,
     counted, and listed in OUT/rejects.jsonl; too many of them, and the build fails. A killed build
@@ -135,8 +137,12 @@ class BuildConfig(Options):
         taken = {*JPEG_ENDINGS, "npy"} if self.encoding == "raw" else {*JPEG_ENDINGS}
         for flag, names in (("--fields", self.fields), ("--masks", self.masks)):
             for name in names:
-                if not is_field(name):
-                    raise UsageError(f"{flag} {name} is no ending in small letters, as seg.png")
+                # webdataset writes no member `_x`, and tar needs a second header beyond 100 bytes.
+                if not is_field(name) or name[0] == "_" or len(name) > MOST_FIELD:
+                    raise UsageError(
+                        f"{flag} {name:.100} is no ending of up to {MOST_FIELD} small letters that "
+                        "can be stored, as seg.png"
+                    )
                 if name in taken:
                     raise UsageError(
                         f"{flag} {name} is the ending of the image itself; leave it out"

@@ -290,9 +290,13 @@ def _decode(sample: SourceSample, options: BuildConfig) -> PreparedSample | str:
             for name in options.masks:
                 what = f"its .{name}: "
                 members[name] = prepare_mask(sample.members[name], sample.image, sizing)
+            for name in options.fields:
+                what = f"its .{name} is no JSON: "
+                if name.rpartition(".")[2] == "json":
+                    parse_json(members[name])
             return PreparedSample(image, members)
-    except ImageError as error:
-        return f"{what}{error}"
+    except (ImageError, ValueError) as error:
+        return f"{what}{to_one_line(error)}"
     except Exception as error:  # any error of a decoder rejects this image only
         return f"{what}cannot be decoded: {to_one_line(error) or type(error).__name__}"
 
@@ -368,8 +372,8 @@ def prepare_mask(mask: bytes, image: bytes, sizing: Sizing) -> bytes:
     small = Image.fromarray(pixels[:, :, 0]).resize((width, height), Image.Resampling.NEAREST)
     out = Image.fromarray(turn_upright(np.asarray(small)[:, :, None], turn)[:, :, 0])
     file = io.BytesIO()
-    if palette is not None:
-        out.putpalette(palette)
+    if palette is not None:  # Pillow cuts values to the bits that the length of a palette needs
+        out.putpalette(palette + [0] * (3 * (int(pixels.max()) + 1) - len(palette)))
     out.save(file, "PNG")
     return file.getvalue()
 

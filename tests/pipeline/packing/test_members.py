@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -274,20 +276,51 @@ def test_damaged_members_are_verified(data, tmp_path):
 
 def test_a_sample_that_lacks_a_member_is_rejected_by_name(tmp_path):
     samples = {
-        f"{n}.{name}": content for n in range(6) for name, content in make_members(n).items()
+        f"{n}.{name}": content for n in range(8) for name, content in make_members(n).items()
     }
     del samples["4.json"]
     samples["5.seg.png"] = encode(Image.fromarray(make_values(4)))
+    samples["3.json"] = b"a picture"
     shard = tar_of(tmp_path / "s.tar", samples)
     settings = {"train": shard, "fields": ("json",), "masks": ("seg.png",)}
-    with pytest.raises(DuetError, match=r"2 of 6 files"):
+    with pytest.raises(DuetError, match=r"3 of 8 files"):
         packed(tmp_path / "d", **settings)
-    assert packed(tmp_path / "e", **settings, max_rejects=0.5).rejected == 2
+    assert packed(tmp_path / "e", **settings, max_rejects=0.6).rejected == 3
     rejects = [json.loads(line) for line in (tmp_path / "e/rejects.jsonl").read_text().splitlines()]
-    assert [(row["name"].rpartition("/")[2], row["reason"]) for row in rejects] == [
+    assert sorted((row["name"].rpartition("/")[2], row["reason"]) for row in rejects) == [
+        ("3.jpg", "its .json is no JSON: Expecting value: line 1 column 1 (char 0)"),
         ("4.jpg", "it has no .json"),
         ("5.jpg", "its .seg.png: it is 148x134, its image 120x145"),
     ]
+
+
+def test_the_longest_name_of_a_field_is_stored(tmp_path):
+    field = "a" * 87
+    members = {"jpg": jpeg(1), field: b"x"}
+    samples = {f"{n}.{name}": data for n in range(4) for name, data in members.items()}
+    labels = {f"{n}.cls": b"%d" % (n % 2) for n in range(4)}
+    shard = tar_of(tmp_path / "s.tar", dict(sorted({**samples, **labels}.items())))
+    packed(tmp_path / "d", train=shard, fields=(field,))
+    assert verify(tmp_path / "d", decode=True) == []
+
+
+def test_values_beyond_the_palette_of_a_mask_are_kept(tmp_path):
+    """255 often marks pixels to ignore, and has no color of its own."""
+    values = np.zeros((80, 80), np.uint8)
+    values[:40, :40], values[40:, 40:] = 2, 255
+    mask = Image.fromarray(values)
+    mask.putpalette(bytes(range(256)) * 3)
+    png = encode(mask)
+    start = png.index(b"PLTE") - 4
+    short = b"PLTE" + bytes(range(9))
+    chunk = struct.pack(">I", 9) + short + struct.pack(">I", zlib.crc32(short))
+    members = {"jpg": jpeg(1, 80, 80), "seg.png": png[:start] + chunk + png[start + 780 :]}
+    samples = {f"{n}.{name}": data for n in range(2) for name, data in members.items()}
+    samples |= {"0.cls": b"0", "1.cls": b"1"}
+    shard = tar_of(tmp_path / "s.tar", dict(sorted(samples.items())))
+    packed(tmp_path / "d", train=shard, masks=("seg.png",), size=64)
+    for one in list_stored(tmp_path / "d", masks=("seg.png",)):
+        assert set(np.unique(one.masks["seg.png"])) == {0, 2, 255}
 
 
 def make_folder(root: Path, spread: bool = True) -> Path:
@@ -352,6 +385,15 @@ def test_members_of_parquet_files_are_columns(tmp_path):
         assert one.fields["caption.txt"] == f"picture {sample}"
         assert one.fields["objects.json"] == {"bbox": [[sample, 1.5]], "id": [sample]}
         assert (np.round(one.pixels[:, :, 0] / 12) == one.masks["seg.png"]).mean() > 0.8
+    table = pq.read_table(source)
+    both = table.append_column("caption.txt", pa.array([f"own {n}" for n in range(len(table))]))
+    order = ["caption.txt", *table.column_names]
+    pq.write_table(both.select(order), tmp_path / "both.parquet")
+    packed(tmp_path / "f", train=tmp_path / "both.parquet", fields=("caption.txt",), size=64)
+    texts = [
+        one.fields["caption.txt"] for one in list_stored(tmp_path / "f", fields=("caption.txt",))
+    ]
+    assert all(text.startswith("own ") for text in texts)
     for name, words in (
         ("box.json", r"no column of the field 'box.json', 'box.json' or 'box'; its columns: "),
         (
@@ -415,7 +457,9 @@ def test_labels_may_be_carried_as_a_field(shards, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"fields": ("JSON",)}, "--fields JSON is no ending in small letters"),
+        ({"fields": ("JSON",)}, "--fields JSON is no ending of up to 87 small letters"),
+        ({"fields": ("_seg",)}, "--fields _seg is no ending of up to 87 small letters"),
+        ({"fields": ("a" * 88,)}, "--fields a{88} is no ending of up to 87 small letters"),
         ({"fields": ("cls",)}, "--fields cls is the label"),
         ({"masks": ("jpg",)}, "--masks jpg is the ending of the image itself"),
         ({"fields": ("npy",), "encoding": "raw"}, "--fields npy is the ending of the image itself"),
