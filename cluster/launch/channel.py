@@ -22,10 +22,11 @@ DRIVER_TIMEOUT = 60.0
 
 
 class _Box:
-    """The actor: holds events for the driver, and the stop request for the workers."""
+    """The actor: holds events and workers for the driver, and the stop request for the workers."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
+        self._workers: list[Any] = []
         self._stops = False
 
     def put(self, event: Event) -> None:
@@ -34,6 +35,13 @@ class _Box:
     def take(self) -> list[Event]:
         events, self._events = self._events, []
         return events
+
+    def register(self, worker: Any) -> None:
+        self._workers.append(worker)
+
+    def take_workers(self) -> list[Any]:
+        workers, self._workers = self._workers, []
+        return workers
 
     def clear(self) -> None:
         self._events, self._stops = [], False
@@ -65,6 +73,13 @@ class Channel:
         events: list[Event] = ray.get(self._box.take.remote())
         return events
 
+    def take_workers(self) -> list[Any]:
+        """Return the workers that have registered since the last call."""
+        import ray
+
+        workers: list[Any] = ray.get(self._box.take_workers.remote())
+        return workers
+
     def clear(self) -> None:
         """Drop events and the stop request of the last start: to start an actor takes seconds."""
         self._box.clear.remote()
@@ -93,6 +108,12 @@ class DriverAddress:
         import ray
 
         ray.get(self.box.put.remote(event), timeout=DRIVER_TIMEOUT)
+
+    def register(self, worker: Any) -> None:
+        """Tell the driver of a worker that is ready, a `worker.Registration`."""
+        import ray
+
+        ray.get(self.box.register.remote(worker), timeout=DRIVER_TIMEOUT)
 
 
 class DriverWatch:

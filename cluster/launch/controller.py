@@ -57,6 +57,8 @@ from pipeline.tools.errors import DuetError, SetupError, handle_end
 
 EVENTS_EVERY = 0.2
 """Seconds between reads of the workers' events."""
+GATHER_EVERY = 0.1
+"""Seconds between looks for workers that are ready."""
 NODES_EVERY = 2.0
 """Seconds between reads of the cluster's nodes while training."""
 ROOM_EVERY = 0.5
@@ -349,14 +351,11 @@ class WorkerGroup:
         from ray.exceptions import RayTaskError
 
         self._workers.place(self.placement)
-        warm = self._workers.warm_up()
-        yield from self._wait(warm)
-        values = self._get_values(warm)
-        if values is None:
+        yield from self._gather()
+        if self.failure.raised:
             return
         self._note_stage("workers")
         timeout = self._job.config.collective_timeout
-        self._workers.welcome(values)
         size = len(self._workers)
         try:
             meet(self._workers.execute, size, choose_backend(self.placement), timeout)
@@ -364,34 +363,21 @@ class WorkerGroup:
             self.failure.event = describe_start(error)
             self._drop_all()
             return
-        running = self._workers.train(self._job)
-        yield from self._watch({ref: rank for rank, ref in enumerate(running)})
+        yield from self._watch(self._workers.train(self._job))
 
-    def _wait(self, references: list[Any]) -> Iterator[Event | None]:
-        """Wait until a start has made some progress, but no longer than `START_TIMEOUT`."""
-        import ray
-
+    def _gather(self) -> Iterator[Event | None]:
+        """Wait until each seat has a worker, but no longer than `START_TIMEOUT`."""
         deadline = time.monotonic() + START_TIMEOUT
-        while time.monotonic() < deadline:
-            if not ray.wait(references, num_returns=len(references), timeout=EVENTS_EVERY)[1]:
+        while not self._workers.gather():
+            error = self._workers.error
+            if error or time.monotonic() > deadline:
+                late = SetupError(f"workers did not start in {START_TIMEOUT:g} s")
+                self.failure.raised = error or late
+                self._workers.end()
                 return
             yield from self._take()
             yield None
-
-    def _get_values(self, references: list[Any]) -> list[Any] | None:
-        """Return what the workers have answered; None: some have not, which are dropped."""
-        import ray
-        from ray.exceptions import GetTimeoutError, RayError
-
-        values = []
-        for rank, reference in enumerate(references):
-            try:
-                values.append(ray.get(reference, timeout=0))
-            except GetTimeoutError:
-                self._lose(rank, SetupError(f"workers did not start in {START_TIMEOUT:g} s"))
-            except RayError as error:
-                self._lose(rank, error)
-        return values if len(values) == len(references) else None
+            time.sleep(GATHER_EVERY)
 
     def _watch(self, running: dict[Any, int]) -> Iterator[Event | None]:
         """Wait for the ends of all workers; after a failure, a little for those that live on."""
@@ -407,7 +393,9 @@ class WorkerGroup:
                 except RayError as error:
                     is_well = False
                     self._lose(rank, error)
-                if not is_well:
+                if is_well is None:
+                    running[self._workers.wait(rank)] = rank
+                elif not is_well:
                     failed = failed or time.monotonic()
             yield from self._take()
             yield None

@@ -40,12 +40,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Keeps Ray's own lines off the terminal.
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # delay until a dead worker is replaced
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Variable that is set in a submitted job, which brings its code itself."""
 OWN = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for loopback only
+    "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_prestart_worker_first_driver": "0",  # a process for each core, of which one is needed
 }
 

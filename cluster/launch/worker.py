@@ -1,15 +1,15 @@
-"""Worker: an actor of Ray that joins a process group, then trains as if there were no Ray."""
+"""Worker: a process that Ray Train starts; it trains as if there were no Ray."""
 
 from __future__ import annotations
 
 import gc
 import os
 import signal
-from collections.abc import Callable
 from contextlib import closing, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import Config
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 FAKE_GPUS = "DUET_FAKE_GPUS"
 """Variable of a cluster with simulated GPUs: its workers compute on CPUs."""
+END_EVERY = 0.2
+"""Seconds of a wait for the end of a training: between two, Ray Train asks how the worker is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,44 +71,51 @@ class Membership:
 
 
 class TrainWorker:
-    """Process that trains, an actor of Ray; it outlives the failures of others.
+    """Process that trains, hosted by a worker of Ray Train; it outlives the failures of others.
 
-    Between two calls of `train` it keeps what is slow to make: its imports, CUDA's context, and
-    after a failure of another worker the weights (`cluster.checkpoint.memory`).
+    Between two trainings it keeps what is slow to make: its imports, CUDA's context, and after a
+    failure of another worker the weights (`cluster.checkpoint.memory`).
     """
 
     def __init__(self) -> None:
-        # Of a terminal: the driver gets it, too, and requests that the workers save.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._memory: Any = None
         """`cluster.checkpoint.memory.Memory`, from the first training on."""
+        self._jobs: Queue[tuple[WorkerJob, Membership]] = Queue()
+        self._ends: Queue[bool | Exception] = Queue()
 
-    def warm(self) -> tuple[WorkerLocation, int]:
-        """Import all that a training needs; return node and GPU of this worker, and its process."""
-        import ray
+    def serve(self) -> None:
+        """Train, job after job; the process is killed when there are no more."""
+        while True:
+            job, member = self._jobs.get()
+            try:
+                end: bool | Exception = self._train(job, member)
+            except Exception as error:
+                end = error
+            self._ends.put(end)
 
-        import cluster.run.exporters
-        import cluster.training.loop  # noqa: F401 - torch: seconds
-        from pipeline.stream.operators import import_dali
+    def begin(self, job: WorkerJob, member: Membership) -> None:
+        """Have `serve` train in the process group that this worker has joined, and leave it."""
+        self._jobs.put((job, member))
 
-        with suppress(SetupError):  # the training says it, with what to do
-            import_dali()
-        gc.freeze()  # collections of later need not look at what was imported
-        node = ray.get_runtime_context().get_node_id()
-        location = WorkerLocation(node, get_node_name(node), read_gpu(ray.get_gpu_ids()))
-        return location, os.getpid()
-
-    def execute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Call a function in this process."""
-        return function(*arguments)
-
-    def train(self, job: WorkerJob, member: Membership) -> bool:
-        """Train in the process group that this worker has joined, and leave it.
+    def wait_for_end(self) -> bool | None:
+        """Wait a moment for the end of a training.
 
         Returns:
-            True if the training ended as it should; False if another worker was lost, and this one
-            can join the next group.
+            True if it ended as it should; False if another worker was lost, and this one can join
+            the next group; None if it goes on.
+
+        Raises:
+            Exception: the one that ended it.
         """
+        try:
+            end = self._ends.get(timeout=END_EVERY)
+        except Empty:
+            return None
+        if isinstance(end, Exception):
+            raise end
+        return end
+
+    def _train(self, job: WorkerJob, member: Membership) -> bool:
         from cluster.checkpoint.memory import Memory
 
         self._memory = self._memory or Memory()
@@ -117,11 +126,78 @@ class TrainWorker:
         finally:
             leave_process_group()
 
-    def end_process(self, process: int) -> None:
-        """Kill another worker of this node, which may be frozen."""
-        with suppress(OSError):
-            if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::"):
-                os.kill(process, signal.SIGKILL)
+
+@dataclass(frozen=True, kw_only=True)
+class Registration:
+    """Worker that is ready, or has failed to be."""
+
+    trainer: int
+    """Number of the trainer that started it."""
+    rank: int
+    """Its rank in that trainer."""
+    handle: Any
+    """Ray's handle of its actor, which is Ray Train's."""
+    location: WorkerLocation
+    process: int
+    """Its process id."""
+    error: Exception | None = None
+    """Error of its imports."""
+
+
+_hosted = TrainWorker()
+"""Worker of this process: its train function serves, and calls from the driver reach it."""
+
+
+def host_worker(settings: dict[str, Any]) -> None:
+    """Train function that Ray Train runs in a thread of each worker, until it kills the process.
+
+    Imports all that a training needs, registers at the driver, and serves.
+
+    Args:
+        settings: "driver", a `DriverAddress`; "trainer", the number of the trainer.
+    """
+    import ray
+    from ray.train import get_context
+
+    node = ray.get_runtime_context().get_node_id()
+    ready = Registration(
+        trainer=settings["trainer"],
+        rank=get_context().get_world_rank(),
+        handle=ray.get_runtime_context().current_actor,
+        location=WorkerLocation(node, get_node_name(node), read_gpu(ray.get_gpu_ids())),
+        process=os.getpid(),
+    )
+    driver: DriverAddress = settings["driver"]
+    try:
+        import cluster.run.exporters
+        import cluster.training.loop  # noqa: F401 - torch: seconds
+        from pipeline.stream.operators import import_dali
+
+        with suppress(SetupError):  # the training says it, with what to do
+            import_dali()
+    except Exception as error:
+        driver.register(replace(ready, error=error))
+        raise
+    gc.freeze()  # collections of later need not look at what was imported
+    driver.register(ready)
+    _hosted.serve()
+
+
+def begin_training(job: WorkerJob, member: Membership) -> None:
+    """Call `TrainWorker.begin` of this process."""
+    _hosted.begin(job, member)
+
+
+def wait_for_end() -> bool | None:
+    """Call `TrainWorker.wait_for_end` of this process."""
+    return _hosted.wait_for_end()
+
+
+def end_process(process: int) -> None:
+    """Kill another worker of this node, which may be frozen."""
+    with suppress(OSError):
+        if Path(f"/proc/{process}/cmdline").read_bytes().startswith(b"ray::"):
+            os.kill(process, signal.SIGKILL)
 
 
 def expose_gpus(visible: str) -> None:
@@ -130,7 +206,7 @@ def expose_gpus(visible: str) -> None:
 
 
 def run_worker(job: WorkerJob, member: Membership, watch: DriverWatch, memory: Memory) -> bool:
-    """Train in this worker; see `TrainWorker.train`."""
+    """Train in this worker; see `TrainWorker.wait_for_end`."""
     from cluster.run.exporters import PrometheusGauges
     from cluster.run.folder import lock_leader, write_machine
     from cluster.run.sync import open_mirror

@@ -1,8 +1,9 @@
 """Workers of a run over several starts: whoever lives is kept, the dead are replaced.
 
-    seat     one worker's share of a node: a placement group of Ray, held from start to start
+    seat     place of a rank: its node and GPU, and the worker that has it
+    trainer  one of Ray Train: starts the workers of all seats, or the spares, and replaces the dead
     spare    a worker without a seat that has imported all it needs, and takes the place of a dead
-             one on its node
+             one on its node; when Ray Train has replaced that one, the new worker is a spare
 
 A worker that Ray starts anew takes seconds of CPU time to import torch and DALI; a spare, none.
 """
@@ -10,58 +11,42 @@ A worker that Ray starts anew takes seconds of CPU time to import torch and DALI
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from cluster.launch.channel import Channel
 from cluster.launch.placement import Placement, WorkerLocation
-from cluster.launch.worker import Membership, TrainWorker, WorkerJob, expose_gpus
+from cluster.launch.session import make_session_folder
+from cluster.launch.worker import (
+    Membership,
+    Registration,
+    WorkerJob,
+    begin_training,
+    end_process,
+    expose_gpus,
+    wait_for_end,
+)
 
 SPARES_AFTER = 10.0
 """Seconds after a start before spares are started: until then they would slow it."""
-
-
-@dataclass(eq=False)
-class _Actor:
-    """A worker process, with or without a seat."""
-
-    handle: Any
-    warm: Any
-    """Reference to what `TrainWorker.warm` returns."""
-    process: int = 0
-    """Its process id; 0: not known yet."""
-
-    def has_ended(self) -> bool:
-        """Return whether the process is known to have ended."""
-        import ray
-        from ray.exceptions import RayError
-
-        if not is_warm(self):
-            return False
-        try:
-            ray.get(self.warm)
-        except RayError:
-            return True
-        self.warm = self.handle.warm.remote()  # imports are done: it answers at once
-        return False
+ANSWER_TIMEOUT = 5.0
+"""Seconds in which a worker that waits for a seat must answer."""
+END_TIMEOUT = 10.0
+"""Seconds that Ray Train's controller may take to end."""
+SPARE_RESOURCES = {"memory": 1.0}
+"""Ray's resources of a spare: a byte, as a placement group must hold something."""
 
 
 @dataclass(eq=False)
 class _Seat:
-    """Resources of a worker on a node, and the worker."""
+    """Place of a rank."""
 
-    node: str
-    resources: tuple[int, int]
-    """CPUs and GPUs."""
-    group: Any
-    """Ray's placement group of one bundle."""
-    actor: _Actor | None = None
+    worker: Registration | None = None
     location: WorkerLocation | None = None
-    """Node and GPU, once a worker was here."""
+    """Node and GPU that Ray has reserved, once a worker of the seat's own was here."""
 
 
 class Workers:
@@ -76,30 +61,29 @@ class Workers:
         """
         self.placement: Placement | None = None
         """Placement of the seats that are held."""
+        self.error: Exception | None = None
+        """Why a worker cannot start."""
         self._spares_wanted, self._environment = spares, dict(environment)
         self._seats: list[_Seat] = []
         self._members: list[Membership] = []
+        self._idle: list[Registration] = []
+        """Workers without a seat that are ready."""
+        self._trainers: dict[int, Any] = {}
+        """That of the seats, then that of the spares, by number; no number is used twice."""
+        self._count = 0
+        """Number of trainers begun."""
         self._channel: Channel | None = None
-        self._spares: dict[str, list[_Actor]] = {}
-        """Spares by Ray's id of their node."""
+        self._folders = ExitStack()
 
     def place(self, placement: Placement) -> None:
-        """Hold the seats of a placement, with a worker in each; keeps those that are held."""
-        resources, held = (placement.cpus, placement.gpus), self._seats
-        self.placement, self._seats = placement, []
-        for node in placement.nodes:
-            fitting = (s for s in held if (s.node, s.resources) == (node, resources))
-            seat = next(fitting, None)
-            if seat is not None:
-                held.remove(seat)
-            self._seats.append(seat or _Seat(node, resources, _reserve(node, resources)))
-        for seat in held:
-            self._leave(seat)
-        for node in set(self._spares) - set(placement.nodes):
-            for spare in self._spares.pop(node):
-                self._end(spare, node)
-        for seat in self._seats:
-            seat.actor = seat.actor or self._take_spare(seat) or self._start(seat)
+        """Hold the seats of a placement; the workers of another one are ended."""
+        if placement == self.placement and not any(map(has_ended, self._trainers.values())):
+            return
+        self.end()
+        self.placement = placement
+        self._seats = [_Seat() for _ in placement.nodes]
+        gpus = {"GPU": float(placement.gpus)} if placement.gpus else {}
+        self._begin(placement.nodes, {"CPU": float(placement.cpus)} | gpus)
 
     def open_channel(self) -> Channel:
         """Return the channel to the workers, as if it were new."""
@@ -109,78 +93,73 @@ class Workers:
             self._channel.clear()
         return self._channel
 
-    def warm_up(self) -> list[Any]:
-        """Return a reference for each worker, in rank order: it is there when the worker is ready.
-
-        Its value is for `welcome`.
-        """
-        return [seat.actor.warm for seat in self._seats if seat.actor is not None]
-
-    def welcome(self, warm: list[Any]) -> None:
-        """Note who the workers are, and have them see their GPUs.
-
-        Args:
-            warm: values of `warm_up`.
-        """
-        for seat, (location, process) in zip(self._seats, warm, strict=True):
-            assert seat.actor is not None
-            seat.actor.process = process
-            seat.location = seat.location or location  # a spare takes over the GPU of the seat
+    def gather(self) -> bool:
+        """Give the seats to workers that are ready; return whether each has one."""
+        assert self._channel is not None
+        for new in self._channel.take_workers():
+            if new.trainer in self._trainers:
+                self._register(new)
+        for rank, seat in enumerate(self._seats):
+            if seat.worker is None and seat.location is not None:
+                self._fill(rank, seat, seat.location.node)
+        if not all(seat.worker for seat in self._seats):
+            return False
         self._members = describe_members([s.location for s in self._seats if s.location])
         for member in self._members:
             if member.visible:
                 self.execute(member.rank, expose_gpus, member.visible)
+        return True
 
     def __len__(self) -> int:
         return len(self._seats)
 
     def execute(self, rank: int, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a function in the process of a rank; returns a reference to its value."""
-        actor = self._seats[rank].actor
-        assert actor is not None
-        return actor.handle.execute.remote(function, *arguments)
+        worker = self._seats[rank].worker
+        assert worker is not None
+        return worker.handle.execute.remote(function, *arguments)
 
-    def train(self, job: WorkerJob) -> list[Any]:
+    def train(self, job: WorkerJob) -> dict[Any, int]:
         """Have all workers train, which have met.
 
         Returns:
-            References to the ends of `TrainWorker.train`, in rank order.
+            Ranks by a reference each: its value is None, and then `wait` gives the next.
         """
-        return [
-            seat.actor.handle.train.remote(job, member)
-            for seat, member in zip(self._seats, self._members, strict=True)
-            if seat.actor is not None
-        ]
+        return {self.execute(one.rank, begin_training, job, one): one.rank for one in self._members}
+
+    def wait(self, rank: int) -> Any:
+        """Return a reference to what `TrainWorker.wait_for_end` of a rank returns."""
+        return self.execute(rank, wait_for_end)
 
     def drop(self, rank: int) -> None:
         """End the worker of a rank, which died, failed or does not answer; its seat is kept."""
         seat = self._seats[rank]
-        actor, seat.actor = seat.actor, None
-        if actor is not None:
-            self._end(actor, seat.node)
+        worker, seat.worker = seat.worker, None
+        if worker is not None:
+            self._end(worker)
 
     def get_node(self, rank: int) -> str:
         """Return Ray's id of the node of a rank."""
-        return self._seats[rank].node
+        assert self.placement is not None
+        location = self._seats[rank].location
+        return location.node if location else self.placement.nodes[rank]
 
     def tend_spares(self, seconds: float) -> None:
-        """Start the spares that are missing, some seconds after a start."""
-        if seconds < SPARES_AFTER:
-            return
-        for node in {seat.node for seat in self._seats}:
-            living = [one for one in self._spares.get(node, []) if not one.has_ended()]
-            while len(living) < self._spares_wanted:
-                living.append(self._start_spare(node))
-            self._spares[node] = living
+        """Have the spares started, some seconds after a start; those that die are replaced."""
+        if self._spares_wanted and len(self._trainers) == 1 and seconds >= SPARES_AFTER:
+            assert self.placement is not None
+            nodes = list(dict.fromkeys(self.placement.nodes))
+            self._begin([n for n in nodes for _ in range(self._spares_wanted)], SPARE_RESOURCES)
 
-    def close(self) -> None:
+    def end(self) -> None:
         """End all workers and give up their seats."""
-        for seat in self._seats:
-            self._leave(seat)
-        for node, spares in self._spares.items():
-            for spare in spares:
-                self._end(spare, node)
-        self._seats, self._spares, self.placement, self._channel = [], {}, None, None
+        if self._trainers:
+            end_trainers(list(self._trainers.values()))
+        for worker in [*self._idle, *(seat.worker for seat in self._seats if seat.worker)]:
+            self._end(worker)
+        self._folders.close()
+        self._seats, self._idle, self._trainers = [], [], {}
+        self.placement = self.error = None
 
     def __enter__(self) -> Workers:
         return self
@@ -188,78 +167,101 @@ class Workers:
     def __exit__(
         self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
     ) -> None:
-        self.close()
+        self.end()
+        self._channel = None
 
-    def _start(self, seat: _Seat) -> _Actor:
-        """Start a worker that holds the resources of its seat."""
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+    def _begin(self, nodes: Sequence[str], resources: dict[str, float]) -> None:
+        """Have Ray Train start a worker on each node."""
+        from cluster.launch.trainer import start_trainer
 
-        cpus, gpus = seat.resources
-        where = PlacementGroupSchedulingStrategy(seat.group, placement_group_bundle_index=0)
-        return self._create(where, num_cpus=cpus, num_gpus=gpus)
-
-    def _start_spare(self, node: str) -> _Actor:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        return self._create(NodeAffinitySchedulingStrategy(node, soft=False), num_cpus=0)
-
-    def _create(self, where: Any, **resources: float) -> _Actor:
-        import ray
-
-        create = ray.remote(TrainWorker).options(
-            scheduling_strategy=where, runtime_env={"env_vars": self._environment}, **resources
+        scratch = self._folders.enter_context(make_session_folder())
+        assert self._channel is not None
+        settings = {"driver": self._channel.address, "trainer": self._count}
+        self._trainers[self._count] = start_trainer(
+            settings, nodes, resources, self._environment, str(scratch)
         )
-        handle = create.remote()
-        return _Actor(handle, handle.warm.remote())
+        self._count += 1
 
-    def _take_spare(self, seat: _Seat) -> _Actor | None:
-        """Take a spare for a seat whose GPU is known; the seat's resources stay reserved."""
-        if seat.location is None and seat.resources[1]:
-            return None
-        for spare in list(self._spares.get(seat.node, [])):
-            self._spares[seat.node].remove(spare)
-            if not spare.has_ended():
-                return spare  # if it is not ready, it is nearer to it than a new one
-            self._end(spare, seat.node)
-        return None
+    def _register(self, new: Registration) -> None:
+        """Note a worker that is ready; the one that it replaces is dead."""
+        if new.error is not None:
+            self.error = new.error
+            return
+        who = (new.trainer, new.rank)
+        self._idle = [old for old in self._idle if (old.trainer, old.rank) != who]
+        self._idle.append(new)
+        if new.trainer == min(self._trainers):
+            seat = self._seats[new.rank]
+            if seat.location not in (None, new.location):
+                self.drop(new.rank)  # Ray has reserved another GPU than its worker uses
+            seat.location = new.location
 
-    def _leave(self, seat: _Seat) -> None:
-        from ray.util.placement_group import remove_placement_group
+    def _fill(self, rank: int, seat: _Seat, node: str) -> None:
+        """Give a seat to a worker of its node: its own, or a spare."""
+        own = (min(self._trainers), rank)
+        near = [worker for worker in self._idle if worker.location.node == node]
+        for worker in sorted(near, key=lambda one: (one.trainer, one.rank) != own):
+            self._idle.remove(worker)
+            if does_answer(worker):
+                seat.worker = worker
+                return
+            self._end(worker)
 
-        if seat.actor is not None:
-            self._end(seat.actor, seat.node)
-        with suppress(Exception):  # Ray itself may be gone
-            remove_placement_group(seat.group)
-
-    def _end(self, actor: _Actor, node: str) -> None:
+    def _end(self, worker: Registration) -> None:
         """End a process, which may be frozen: then only a signal of its own node does."""
         import ray
 
+        node = worker.location.node
         with suppress(Exception):
-            ray.kill(actor.handle)
+            ray.kill(worker.handle)
         with suppress(Exception):
-            if actor.process and node == ray.get_runtime_context().get_node_id():
-                os.kill(actor.process, signal.SIGKILL)
-            elif actor.process:
-                near = [seat.actor for seat in self._seats if seat.node == node and seat.actor]
-                for other in [*self._spares.get(node, []), *near][:1]:
-                    other.handle.end_process.remote(actor.process)
+            if node == ray.get_runtime_context().get_node_id():
+                end_process(worker.process)
+            else:
+                near = [seat.worker for seat in self._seats if seat.worker]
+                for other in [one for one in [*self._idle, *near] if one.location.node == node][:1]:
+                    other.handle.execute.remote(end_process, worker.process)
 
 
-def is_warm(actor: _Actor) -> bool:
-    """Return whether a process has answered: it is ready, or has ended."""
+def does_answer(worker: Registration) -> bool:
+    """Return whether a worker that waits lives."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        ray.get(worker.handle.execute.remote(os.getpid), timeout=ANSWER_TIMEOUT)
+    except RayError:
+        return False
+    return True
+
+
+def has_ended(trainer: Any) -> bool:
+    """Return whether Ray Train's controller has ended."""
     import ray
 
-    return bool(ray.wait([actor.warm], timeout=0)[0])
+    return bool(ray.wait([trainer.end], timeout=0)[0])
 
 
-def _reserve(node: str, resources: tuple[int, int]) -> Any:
-    """Reserve the resources of a worker on a node."""
-    from ray.util.placement_group import placement_group
+def end_trainers(trainers: Sequence[Any]) -> None:
+    """End Ray Train's controllers, and with them their workers; free what they had reserved."""
+    import ray
+    from ray import PlacementGroupID
+    from ray.util.placement_group import (
+        PlacementGroup,
+        placement_group_table,
+        remove_placement_group,
+    )
 
-    cpus, gpus = resources
-    bundle = {"CPU": float(cpus)} | ({"GPU": float(gpus)} if gpus else {})
-    return placement_group([bundle], bundle_label_selector=[{"ray.io/node-id": node}])
+    with suppress(Exception):  # Ray itself may be gone
+        for trainer in trainers:
+            ray.kill(trainer.controller)
+        ends = [trainer.end for trainer in trainers]
+        ray.wait(ends, num_returns=len(ends), timeout=END_TIMEOUT)
+        job = ray.get_runtime_context().get_job_id()
+        for identity, group in placement_group_table().items():
+            # The id of what a job has made ends with the job's own.
+            if identity.endswith(job) and group["state"] != "REMOVED":
+                remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(identity)))
 
 
 def describe_members(locations: list[WorkerLocation]) -> list[Membership]:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.helpers.ray_cluster import Simulated
-from tests.helpers.training_processes import REPOSITORY, WORKER, processes
+from tests.helpers.training_processes import REPOSITORY, processes, train_processes
 
 LAYOUTS = (("1", "2"), ("1", "1"), ("2", "2"), ("1:2", "1"), ("1:4", "2"), ("1:4", "1"))
 """Replicas and columns per worker."""
@@ -148,7 +148,7 @@ class Disturbed:
 
     def workers(self) -> list[int]:
         """Ids of the training workers."""
-        return processes(self.cluster.mark, WORKER)
+        return train_processes(self.cluster.mark)
 
     def disturb(self) -> None:
         """Do one of the things below, at random."""

@@ -31,8 +31,9 @@ from tests.helpers.training_processes import (  # noqa: F401
     processes,
     strangers,
     tiny_config,
+    train_processes,
 )
-from tests.helpers.training_runs import Call, together
+from tests.helpers.training_runs import Call, rows, together
 
 
 @pytest.fixture
@@ -107,7 +108,7 @@ def test_a_remote_set_with_a_damaged_image_outlives_a_killed_worker_and_is_finis
         doors = listening(one.mark)
         assert len(doors) > 10  # Ray's, gloo's and torch's
         assert [door for door in doors if door[1] not in LOOPBACK] == []
-        os.kill(processes(one.mark, WORKER)[-1], signal.SIGKILL)
+        os.kill(train_processes(one.mark)[-1], signal.SIGKILL)
         one.until("restarted, going on from step")
         assert one.end() == 0
         wait_until_gone(one.mark)
@@ -144,6 +145,45 @@ def wait_until_gone(mark: str) -> None:
     while processes(mark) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert processes(mark) == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_killed_replica_costs_no_step_and_a_spare_takes_its_place(
+    command, config, tiny_data, tmp_path
+):
+    run = tmp_path / "run"
+    words = ("--replicas", 2, "--columns-per-worker", 2, "--checkpoint-every", 5000)
+    one = command(config, "--data", tiny_data, "--run", run, *words, "--steps", 20_000)
+    one.until("starting: ")
+    (spare,) = wait_for_spare(one.mark)
+    for number in range(2):  # the leader and the other; the second time the spare is a new one
+        training = train_processes(one.mark)
+        assert len(training) == 2
+        before = rows(run)[-1]["step"]
+        os.kill(training[number], signal.SIGKILL)
+        line = one.until("restarted, going on from step")
+        assert int(line.split("step ")[1].split()[0].strip(":,")) >= before
+        assert training[1 - number] in train_processes(one.mark)  # who lives stays
+        assert number or spare in train_processes(one.mark)
+        wait_for_spare(one.mark)
+    os.killpg(one.process.pid, signal.SIGINT)
+    assert one.end() == 130
+    steps = [row["step"] for row in rows(run)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert strangers(one.lines) == []
+
+
+def wait_for_spare(mark: str) -> set[int]:
+    """Wait until a spare has imported what it needs; return its process id."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        idle = set(processes(mark, WORKER)) - set(train_processes(mark))
+        if any(b"libdali" in Path(f"/proc/{pid}/maps").read_bytes() for pid in idle):
+            time.sleep(1)
+            return idle
+        time.sleep(0.2)
+    raise AssertionError("no spare")
 
 
 @pytest.mark.ray

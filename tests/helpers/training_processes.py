@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WORKER = "ray::TrainWorker.train"
-"""Title of the processes that train."""
+WORKER = "ray::RayTrainWorker"
+"""Beginning of the title of workers and spares."""
+GLOO = "pt_gloo_runloop"
+"""Name of a thread in each process that is in a process group."""
 STEPS = 80
 SETTINGS = {
     "dtype": "float32",
@@ -56,6 +58,17 @@ def processes(mark: str, title: str = "") -> list[int]:
     while more := {pid for pid, parent in parents.items() if parent in ours} - ours:
         ours |= more
     return [pid for pid in ours if title.encode() in titles.get(pid, b"")]
+
+
+def train_processes(mark: str) -> list[int]:
+    """Return the workers that train, and not those that wait for a seat, by age."""
+    found = []
+    for pid in sorted(processes(mark, WORKER)):
+        with suppress(OSError):
+            threads = Path(f"/proc/{pid}/task").glob("*/comm")
+            if any(GLOO in one.read_text() for one in threads):
+                found.append(pid)
+    return found
 
 
 def sockets() -> Iterator[tuple[str, int, str]]:
