@@ -39,10 +39,9 @@ from tests.helpers.images import folder_per_class, packed
 from tests.helpers.ray_cluster import Simulated
 from tests.helpers.training_processes import (
     REPOSITORY,
-    WORKER,
     end_processes,
     marked,
-    processes,
+    train_processes,
 )
 
 Kind = Literal["killed", "frozen", "spare", "no-spare", "driver", "drained"]
@@ -169,7 +168,7 @@ class Training:
 
     def victims(self) -> list[int]:
         """Return the ids of the workers that train, the leader last."""
-        return sorted(processes(self.mark, WORKER), reverse=True)
+        return train_processes(self.mark)[::-1]
 
 
 @contextmanager

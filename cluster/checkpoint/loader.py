@@ -29,7 +29,6 @@ from cluster.checkpoint.format import (
     read_newest_table,
     read_table,
 )
-from cluster.checkpoint.memory import Memory, Offer, choose_offer, receive_columns
 from cluster.checkpoint.storage import (
     CheckpointStorage,
     LocalStorage,
@@ -66,6 +65,7 @@ from pipeline.tools.text import hide_credentials
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cluster.checkpoint.memory import Memory, Offer
     from cluster.mesh import ProcessMesh
     from model.alexnet import AlexNet
     from model.optimizer import Sgd2012
@@ -232,6 +232,8 @@ def _load_offer(
     Returns:
         Reason that a process could not; "" if all could.
     """
+    from cluster.checkpoint.memory import receive_columns
+
     trouble, state = "", {}
     own = memory.collect() if memory and offers[mesh.rank] else {}
     try:
@@ -253,6 +255,8 @@ def _discover(
     offers: Sequence[Offer | None] = (), columns: Sequence[int] = (),
 ) -> tuple[Checkpoint | None, _Discovery]:  # fmt: skip
     """Find the newest state: sound in a checkpoint, or in memory. Leader only."""
+    from cluster.checkpoint.memory import choose_offer  # here: the driver needs no torch
+
     seen = _Discovery()
     try:
         seen.names = storage.list_complete()

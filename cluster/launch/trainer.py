@@ -74,12 +74,12 @@ class WorkerBackendConfig(BackendConfig):
 
 
 class WorkerBackend(Backend):
-    """Has Ray Train replace single workers; process groups are `rendezvous`'s matter."""
+    """Backend with replica groups of one worker; `rendezvous` sets up torch.distributed."""
 
     has_replica_groups = True
 
     def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
-        """Prepare workers that were started, all or a replacement."""
+        """Prepare the workers that Ray Train has started: all, or one in place of a dead one."""
         worker_group.execute(ignore_interrupts)
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 FAKE_GPUS = "DUET_FAKE_GPUS"
 """Variable of a cluster with simulated GPUs: its workers compute on CPUs."""
-END_EVERY = 0.2
+END_EVERY = 1.0
 """Seconds of a wait for the end of a training: between two, Ray Train asks how the worker is."""
 
 

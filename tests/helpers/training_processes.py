@@ -121,8 +121,8 @@ def marked(**more: str) -> tuple[str, dict[str, str]]:
 OURS = re.compile(
     r"\S+tiny\.toml -> |48 images, |starting: |going on from |restarted, going on|stopped; "
     r"|(still )?(starting Ray and|attaching to Ray and starting) the workers"
-    r"|replica  column   node |0        [ab]        |stopping: saving first|interrupted"
-    r"|the worker of replica 0, column [ab] \(node \S+\) died: .*; starting again$"
+    r"|replica  column   node |\d        [ab]( and b)?  |stopping: saving first|interrupted"
+    r"|the worker of replica \d, (column [ab]|columns a and b) \(node \S+\) died: .*; starting again$"
     r"|1 damaged image|\S+ is finished"
     r"|step +\d+  (loss|validation|checkpoint|done|saved, and ended|from here on: lr)|$"
 )

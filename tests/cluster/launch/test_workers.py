@@ -12,18 +12,21 @@ import pytest
 from cluster.launch import workers
 from cluster.launch.gpus import has_driver
 from cluster.launch.placement import Placement, WorkerLocation
+from cluster.launch.worker import Registration
 from cluster.launch.workers import Workers, describe_members
 
 
-class FakeActor:
-    """A process that has started at once."""
+class FakeChannel:
+    """Channel on which a test registers workers."""
 
-    def __init__(self, node: str, gpu: int | None) -> None:
-        self.node, self.gpu, self.is_dead, self.process = node, gpu, False, 1
-        self.warm = (WorkerLocation(node, node.upper(), gpu), 1)
+    address = None
 
-    def has_ended(self) -> bool:
-        return self.is_dead
+    def __init__(self) -> None:
+        self.registered: list[Registration] = []
+
+    def take_workers(self) -> list[Registration]:
+        taken, self.registered = self.registered, []
+        return taken
 
 
 class FakeWorkers(Workers):
@@ -32,32 +35,43 @@ class FakeWorkers(Workers):
     def __init__(self, spares: int) -> None:
         super().__init__(spares, {})
         self.log: list[str] = []
+        self._channel = FakeChannel()  # type: ignore[assignment]
 
-    def _start(self, seat: Any) -> Any:
-        self.log.append(f"start {seat.node}")
-        return FakeActor(seat.node, 3 if seat.resources[1] else None)
+    def _begin(self, nodes: Any, resources: Any) -> None:
+        self.log.append(f"start {''.join(nodes)}")
+        self._trainers[self._count] = None
+        self._count += 1
 
-    def _start_spare(self, node: str) -> Any:
-        self.log.append(f"spare {node}")
-        return FakeActor(node, None)
+    def _end(self, worker: Registration) -> None:
+        self.log.append(f"end {worker.process}")
 
-    def _end(self, actor: Any, node: str) -> None:
-        self.log.append(f"end {node}")
-
-    def _leave(self, seat: Any) -> None:
-        if seat.actor is not None:
-            self._end(seat.actor, seat.node)
-        self.log.append(f"leave {seat.node}")
+    def execute(self, rank: int, function: Any, *arguments: Any) -> None:
+        self.log.append(f"{function.__name__} {rank}")
 
     def take(self) -> list[str]:
         log, self.log = self.log, []
         return log
 
+    def ready(self, *workers: tuple[int, int, int], gpus: dict[int, int] | None = None) -> bool:
+        """Have workers, as (trainer, rank, process), be ready on node m."""
+        for trainer, rank, process in workers:
+            where = WorkerLocation("m", "M", (gpus or {}).get(rank))
+            self._channel.registered.append(  # type: ignore[union-attr]
+                Registration(
+                    trainer=trainer, rank=rank, handle=None, location=where, process=process
+                )
+            )
+        return self.gather()
+
+    def seated(self) -> list[int]:
+        return [seat.worker.process if seat.worker else 0 for seat in self._seats]
+
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], FakeWorkers]:
-    monkeypatch.setattr(workers, "_reserve", lambda node, resources: None)
-    monkeypatch.setattr(workers, "is_warm", lambda actor: True)
+    monkeypatch.setattr(workers, "has_ended", lambda trainer: False)
+    monkeypatch.setattr(workers, "end_trainers", lambda trainers: None)
+    monkeypatch.setattr(workers, "does_answer", lambda worker: worker.process != 99)
     return FakeWorkers
 
 
@@ -68,59 +82,75 @@ def place(nodes: str, gpus: int = 0) -> Placement:
 def test_who_lives_is_kept_and_a_spare_takes_the_place_of_the_dead(make):
     crew = make(1)
     crew.place(place("mm"))
-    assert crew.take() == ["start m", "start m"]
+    assert not crew.ready((0, 1, 11))
+    assert crew.ready((0, 0, 10))
+    assert crew.seated() == [10, 11]
     crew.tend_spares(1.0)
-    assert crew.take() == []  # the start is not slowed
+    assert crew.take() == ["start mm"]  # the start is not slowed
     crew.tend_spares(60.0)
-    assert crew.take() == ["spare m"]
-    (spare,) = crew._spares["m"]
-    first = crew._seats[0].actor
+    crew.tend_spares(62.0)
+    assert crew.take() == ["start m"]
     crew.drop(1)
     crew.place(place("mm"))
-    assert crew.take() == ["end m"]
-    assert [seat.actor for seat in crew._seats] == [first, spare]
+    assert crew.take() == ["end 11"]
+    assert crew.ready((1, 0, 20))
+    assert crew.seated() == [10, 20]
+    assert crew.ready((0, 1, 12))  # whom Ray Train has started for the dead is the next spare
+    assert crew.seated() == [10, 20]
     crew.drop(0)
+    assert crew.gather()
+    assert crew.seated() == [12, 20]
+
+
+def test_a_spare_that_has_died_is_not_taken(make):
+    crew = make(1)
+    crew.place(place("m"))
+    crew.ready((0, 0, 10))
+    crew.tend_spares(60.0)
+    crew.ready((1, 0, 99))
+    crew.drop(0)
+    assert not crew.gather()
+    assert crew.take()[-2:] == ["end 10", "end 99"]
+    crew.ready((1, 0, 20), (1, 0, 21))  # Ray Train has replaced it twice
+    assert crew.seated() == [21]
+    assert not crew._idle
+
+
+def test_another_placement_ends_all_workers_and_those_of_before_are_not_taken(make):
+    crew = make(0)
     crew.place(place("mm"))
-    assert crew.take() == ["end m", "start m"]  # there is no other
-
-
-def test_a_spare_that_has_died_is_replaced_and_not_taken(make):
-    crew = make(1)
+    assert crew.ready((0, 0, 10), (0, 1, 11))
     crew.place(place("m"))
-    crew.tend_spares(60.0)
-    crew._spares["m"][0].is_dead = True
-    crew.tend_spares(62.0)
-    assert crew.take() == ["start m", "spare m", "spare m"]
-    crew._spares["m"][0].is_dead = True
-    crew.drop(0)
+    assert crew.take() == ["start mm", "end 10", "end 11", "start m"]
+    assert not crew.ready((0, 0, 12))
+    assert crew.ready((1, 0, 13))
+    crew.end()
+    assert crew.take() == ["end 13"]
+
+
+def test_workers_of_a_ray_train_that_has_ended_are_started_anew(make, monkeypatch):
+    crew = make(0)
     crew.place(place("m"))
-    assert crew.take() == ["end m", "end m", "start m"]
-
-
-def test_another_placement_keeps_the_workers_of_the_nodes_that_stay(make):
-    crew = make(1)
-    crew.place(place("mmnn"))
-    crew.tend_spares(60.0)
-    kept = [seat.actor for seat in crew._seats[2:]]
-    crew.take()
-    crew.place(place("nnoo"))  # node m is lost
-    assert crew.take() == ["end m", "leave m", "end m", "leave m", "end m", "start o", "start o"]
-    assert [seat.actor for seat in crew._seats[:2]] == kept
-    crew.place(Placement(nodes=("n",), cpus=2, gpus=0, size=1))  # a worker keeps its cores
-    assert crew.take().count("leave n") == 2
-    crew.close()
-    assert crew.take() == ["end n", "leave n"]  # that was the spare
+    monkeypatch.setattr(workers, "has_ended", lambda trainer: True)
+    crew.place(place("m"))
+    assert crew.take() == ["start m", "start m"]
 
 
 def test_a_spare_takes_over_the_gpu_of_the_seat(make):
     crew = make(1)
-    crew.place(place("m", gpus=1))
-    crew._seats[0].location = crew._seats[0].actor.warm[0]  # as `train` notes it
+    crew.place(place("mm", gpus=1))
+    crew.ready((0, 0, 10), (0, 1, 11), gpus={0: 2, 1: 3})
     crew.tend_spares(60.0)
-    crew.drop(0)
-    crew.place(place("m", gpus=1))
-    assert crew.take() == ["start m", "spare m", "end m"]
-    assert crew._seats[0].location.gpu == 3
+    crew.take()
+    crew.drop(1)
+    assert crew.ready((1, 0, 20))
+    assert [one.gpu for one in crew._members] == [2, 3]
+    assert crew.take() == ["end 11", "expose_gpus 0", "expose_gpus 1"]
+    # All workers have died at once, and Ray has reserved other GPUs for those it starts.
+    assert crew.ready((0, 1, 12), gpus={1: 4})
+    assert crew.take()[0] == "end 20"
+    assert [one.gpu for one in crew._members] == [2, 4]
+    assert crew.seated() == [10, 12]
 
 
 def test_a_worker_sees_the_gpus_of_all_workers_of_its_node():
@@ -134,7 +164,7 @@ def test_a_worker_sees_the_gpus_of_all_workers_of_its_node():
 def test_the_driver_imports_no_torch():
     """Five CPU seconds less before the first step."""
     code = (
-        "import sys, cluster.launch.controller\n"
+        "import sys, cluster.launch.controller, cluster.train\n"
         "from cluster.launch.gpus import count_gpus, has_driver\n"
         "count = None if has_driver() else count_gpus('auto')\n"
         "print(count, 'torch' in sys.modules, 'ray.train' in sys.modules)"
