@@ -122,7 +122,8 @@ OURS = re.compile(
     r"\S+tiny\.toml -> |48 images, |starting: |going on from |restarted, going on|stopped; "
     r"|(still )?(starting Ray and|attaching to Ray and starting) the workers"
     r"|replica  column   node |\d        [ab]( and b)?  |stopping: saving first|interrupted"
-    r"|the worker of replica \d, (column [ab]|columns a and b) \(node \S+\) died: .*; starting again$"
+    r"|the worker of replica \d, (column [ab]|columns a and b) \(node \S+\) "
+    r"died: .*; starting again$"
     r"|1 damaged image|\S+ is finished"
     r"|step +\d+  (loss|validation|checkpoint|done|saved, and ended|from here on: lr)|$"
 )
