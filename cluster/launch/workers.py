@@ -62,14 +62,14 @@ class Workers:
         self.placement: Placement | None = None
         """Placement of the seats that are held."""
         self.error: Exception | None = None
-        """Why a worker cannot start."""
+        """Error of a worker that cannot start."""
         self._spares_wanted, self._environment = spares, dict(environment)
         self._seats: list[_Seat] = []
         self._members: list[Membership] = []
         self._idle: list[Registration] = []
         """Workers without a seat that are ready."""
         self._trainers: dict[int, Any] = {}
-        """That of the seats, then that of the spares, by number; no number is used twice."""
+        """Trainer of the seats, then that of the spares, by a number that is never used again."""
         self._count = 0
         """Number of trainers begun."""
         self._channel: Channel | None = None
