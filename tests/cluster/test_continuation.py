@@ -48,7 +48,7 @@ def test_how_a_run_is_carried_out_may_change():
         "replicas": "1:2", "device": "cpu", "cuda_graph": "off", "columns_per_worker": 2,
         "microbatch": 16, "threads": 3, "prefetch": 4, "checkpoint_every": 7, "keep": 9,
         "keep_best": 0, "store": "s3://b/x",
-        "validate_every": 0, "statistics_every": 0, "max_failures": 0, "node_wait": 0,
+        "validate_every": 0, "statistics_every": 0, "max_failures": 0, "node_wait": 0, "spares": 0,
         "collective_timeout": 10, "strict": True, "ledger": True, "tensorboard": True,
         "wandb": True, "mlflow": True, "cache": "c", "cache_size": "1TB",
     }  # fmt: skip
