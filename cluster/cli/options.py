@@ -40,8 +40,8 @@ class TrainOptions(Options):
             "spatial_norm", "pool", "activation", "dropout", "init",
         ),
         "schedule": (
-            "epochs", "steps", "batch_size", "microbatch", "exact", "schedule", "rate_scaling", "lr",
-            "bias_factor", "lr_drop", "lr_drops", "bias_drop", "bias_drops", "changes", "patience",
+            "epochs", "steps", "batch_size", "microbatch", "exact", "schedule", "rate_scaling",
+            "lr", "bias_factor", "lr_drop", "lr_drops", "bias_drop", "bias_drops", "changes", "patience",
             "plateau_drops", "plateau_factor", "plateau_biases", "plateau_threshold",
             "layer_rates", "momentum", "weight_decay", "seed",
         ),
