@@ -41,8 +41,8 @@ class TrainOptions(Options):
         ),
         "schedule": (
             "epochs", "steps", "batch_size", "microbatch", "exact", "schedule", "rate_scaling",
-            "lr", "bias_factor", "lr_drop", "lr_drops", "bias_drop", "bias_drops", "changes", "patience",
-            "plateau_drops", "plateau_factor", "plateau_biases", "plateau_threshold",
+            "lr", "bias_factor", "lr_drop", "lr_drops", "bias_drop", "bias_drops", "changes",
+            "patience", "plateau_drops", "plateau_factor", "plateau_biases", "plateau_threshold",
             "layer_rates", "momentum", "weight_decay", "seed",
         ),
         "data": (
