@@ -140,7 +140,7 @@ class AlexNet(nn.Module):
                 own.copy_(torch.empty(own.shape).normal_(0.0, deviation, generator=generator))
             self.get_parameter(f"{name}.bias").fill_(stage.layer.bias)
 
-    def view_column(self, exchange: Exchange) -> AlexNet:
+    def create_column(self, exchange: Exchange) -> AlexNet:
         """One of the two columns here as a network of its own, in the same memory.
 
         An update of either's parameters is one of both; a gradient is the column's alone. The

@@ -81,7 +81,7 @@ class ColumnThreads:
         mailboxes: tuple[Mailbox, Mailbox] = (SimpleQueue(), SimpleQueue())
         self._links = [ThreadExchange(index, mailboxes, wire) for index in (0, 1)]
         self.net = net
-        self.columns = tuple(net.view_column(link) for link in self._links)
+        self.columns = tuple(net.create_column(link) for link in self._links)
         self.devices = {parameter.device for parameter in net.parameters()}
         self._threads = ThreadPoolExecutor(1, "column-b", self._enter_thread)
 

@@ -165,50 +165,65 @@ def write_tar(
 
     out = _Hashed(file)
     writer = webdataset.TarWriter(out, encoder=False, mtime=0)
-    ending = ENDINGS[encoding]
-    rows: list[tuple[int, int, int, int, int]] = []
-    members: dict[str, list[tuple[int, int, int]]] = {}
-    lines: list[str] = []
-    place = 0
+    places = _Places(number, encoding)
     try:
-        for image, label, others in samples:
-            key = sample_key(number, len(rows))
-            files: dict[str, bytes] = {**others, ending: image}
-            if label >= 0:
-                files["cls"] = str(label).encode()
-            writer.write({"__key__": key, **files})
-            starts = {}
-            for name in sorted(files):  # webdataset's order
-                starts[name] = place + RECORD
-                place += RECORD + _pad(len(files[name]))
-            start = starts[ending]
-            # The index points at the pixels of a raw image, behind the header of its `.npy`.
-            skip = npy_header_size(image) if encoding == "raw" else 0
-            crc = isal_zlib.crc32(memoryview(image)[skip:])  # zlib's, several times faster
-            rows.append((number, label, start + skip, len(image) - skip, crc))
-            for name, content in others.items():
-                row = starts[name], len(content), isal_zlib.crc32(content)
-                members.setdefault(name, []).append(row)
-            words = (f"{name} {at} {len(files[name])} {key}.{name}" for name, at in starts.items())
-            lines.append(" ".join(words) + "\n")
+        for sample in samples:
+            writer.write(places.add(sample))
     except BaseException:
         out.closed_early = True
         raise
     finally:
         writer.close()
-    index = np.array(rows, INDEX_DTYPE)
-    if sizes is not None:
-        index = np.array(
-            [(*row, width, height) for row, (height, width) in zip(rows, sizes, strict=True)],
-            SIZED_DTYPE,
-        )
     return WrittenTar(
-        rows=index,
-        listing="".join([f"v1.2 {len(rows)}\n", *lines]).encode(),
+        rows=places.build_index(sizes),
+        listing="".join([f"v1.2 {len(places.lines)}\n", *places.lines]).encode(),
         bytes=out.size,
         sha256=out.digest.hexdigest(),
-        members={name: np.array(found, MEMBER_DTYPE) for name, found in members.items()},
+        members={name: np.array(rows, MEMBER_DTYPE) for name, rows in places.members.items()},
     )
+
+
+class _Places:
+    """Places that the files of samples will have in a tar, one sample after the other."""
+
+    def __init__(self, number: int, encoding: Encoding) -> None:
+        self._number, self._encoding = number, encoding
+        self._end = 0
+        self._rows: list[tuple[int, int, int, int, int]] = []
+        """Fields of `INDEX_DTYPE`, of each sample."""
+        self.members: dict[str, list[tuple[int, int, int]]] = {}
+        """Fields of `MEMBER_DTYPE`, of each sample, by the name of the field."""
+        self.lines: list[str] = []
+        """Lines of the tar's `.idx`."""
+
+    def add(self, sample: SampleContent) -> dict[str, str | bytes]:
+        """Note a sample's places; return the sample as webdataset's writer takes it."""
+        image, label, others = sample
+        key, ending = sample_key(self._number, len(self._rows)), ENDINGS[self._encoding]
+        files: dict[str, bytes] = {**others, ending: image}
+        if label >= 0:
+            files["cls"] = str(label).encode()
+        starts = {}
+        for name in sorted(files):  # webdataset's order
+            starts[name] = self._end + RECORD
+            self._end += RECORD + _pad(len(files[name]))
+        # The index points at the pixels of a raw image, behind the header of its `.npy`.
+        skip = npy_header_size(image) if self._encoding == "raw" else 0
+        crc = isal_zlib.crc32(memoryview(image)[skip:])  # zlib's, several times faster
+        self._rows.append((self._number, label, starts[ending] + skip, len(image) - skip, crc))
+        for name, content in others.items():
+            row = starts[name], len(content), isal_zlib.crc32(content)
+            self.members.setdefault(name, []).append(row)
+        words = (f"{name} {at} {len(files[name])} {key}.{name}" for name, at in starts.items())
+        self.lines.append(" ".join(words) + "\n")
+        return {"__key__": key, **files}
+
+    def build_index(self, sizes: Sequence[Size] | None) -> Index:
+        """Return the rows of all samples, with the sizes of their images if there are some."""
+        if sizes is None:
+            return np.array(self._rows, INDEX_DTYPE)
+        pairs = zip(self._rows, sizes, strict=True)
+        return np.array([(*row, width, height) for row, (height, width) in pairs], SIZED_DTYPE)
 
 
 def to_shard(name: str, written: WrittenTar) -> Shard:
