@@ -10,7 +10,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from cluster import status
 from tests.helpers.hosts import Host, Network, find_obstacle
 from tests.helpers.training_processes import (  # noqa: F401 - a fixture
     REPOSITORY,
+    RunningCommand,
     end_processes,
     losses,
     marked,
@@ -70,44 +70,16 @@ class Hosts:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
 
-    def train(self, *words: object, **more: str) -> Training:
+    def train(self, *words: object, **more: str) -> RunningCommand:
         """Start a training on the first host."""
         command = [sys.executable, "-m", "cluster.train", *map(str, words)]
-        return Training(self.network[0], command, self.attached | more)
+        return start_on(self.network[0], command, self.attached | more)
 
 
-class Training:
-    """A command on a host, its lines as they come."""
-
-    def __init__(self, host: Host, command: list[str], environment: dict[str, str]) -> None:
-        self.process = host.start(
-            *command, environment=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip())
-
-    def until(self, words: str, seconds: float = 180) -> str:
-        """Wait for a line that matches `words`; return it."""
-        deadline = time.monotonic() + seconds
-        while True:
-            ended = not self._reader.is_alive()
-            if found := [line for line in self.lines if re.search(words, line)]:
-                return found[-1]
-            assert not ended, "\n".join(self.lines)
-            assert time.monotonic() < deadline, "\n".join([f"no {words!r} in:", *self.lines])
-            time.sleep(0.1)
-
-    def end(self, seconds: float = 240) -> int:
-        """Wait for its end; return its exit code."""
-        code = self.process.wait(seconds)
-        self._reader.join()
-        return code
+def start_on(host: Host, command: list[str], environment: dict[str, str]) -> RunningCommand:
+    """Start a command on a host."""
+    out = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return RunningCommand(host.start(*command, environment=environment, **out))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +119,7 @@ def test_a_job_from_a_fourth_host_has_a_pair_on_each_of_two_hosts(
     hosts, config, tiny_data, tmp_path
 ):
     run = tmp_path / "run"
-    job = Training(
+    job = start_on(
         hosts.network[3],
         [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address",
          f"http://{HEAD}:8265", "--working-dir", ".", "--", "python", "-m", "cluster.train",
@@ -219,7 +191,7 @@ def test_a_token_that_the_head_refuses_is_told_at_once(hosts, config, tiny_data,
 
 
 @pytest.fixture(scope="module")
-def training(hosts, config, tiny_data, tmp_path_factory) -> tuple[Training, Path]:
+def training(hosts, config, tiny_data, tmp_path_factory) -> tuple[RunningCommand, Path]:
     """A training of two replicas that goes on, with its run."""
     run = tmp_path_factory.mktemp("long") / "run"
     words = (config, "--data", tiny_data, "--run", run, "--replicas", 2, *LONG)

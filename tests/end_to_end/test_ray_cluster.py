@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from tests.helpers.ray_cluster import Simulated
 from tests.helpers.training_processes import (  # noqa: F401 - a fixture
     REPOSITORY,
     SETTINGS,
+    RunningCommand,
     sockets,
     strangers,
     tiny_config,
@@ -41,38 +41,15 @@ def cluster() -> Iterator[Simulated]:
         yield running
 
 
-class Training:
-    """`cluster.train` on the cluster, its lines as they come."""
-
-    def __init__(self, cluster: Simulated, *words: object) -> None:
-        self.process = subprocess.Popen(
+def train_on(cluster: Simulated, *words: object) -> RunningCommand:
+    """Start `cluster.train` on the cluster."""
+    return RunningCommand(
+        subprocess.Popen(
             [sys.executable, "-m", "cluster.train", *map(str, words)],
-            cwd=REPOSITORY,
-            env=cluster.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+            cwd=REPOSITORY, env=cluster.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
-        self.lines: list[str] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip())
-
-    def until(self, word: str, seconds: float = 180) -> None:
-        deadline = time.monotonic() + seconds
-        while not any(word in line for line in self.lines):
-            assert time.monotonic() < deadline, "\n".join([f"no {word!r} in:", *self.lines])
-            assert self.process.poll() is None or self._reader.is_alive(), "\n".join(self.lines)
-            time.sleep(0.1)
-
-    def end(self, seconds: float = 300) -> int:
-        code = self.process.wait(timeout=seconds)
-        self._reader.join()
-        return code
+    )  # fmt: skip
 
 
 def starts(run: Path) -> list[dict]:
@@ -84,7 +61,7 @@ def test_what_cannot_be_placed_is_refused_at_once_with_what_would_fit(
     cluster, config, tiny_data, tmp_path
 ):
     start = time.monotonic()
-    one = Training(cluster, config, "--data", tiny_data, "--run", tmp_path / "run", "--replicas", 4)
+    one = train_on(cluster, config, "--data", tiny_data, "--run", tmp_path / "run", "--replicas", 4)
     assert one.end() == 3
     assert time.monotonic() - start < 30
     (error,) = (line for line in one.lines if line.startswith("error: "))
@@ -151,7 +128,7 @@ def test_strict_refuses_a_damaged_image(cluster, config, data, tmp_path):
     run = tmp_path / "strict"
     flags = ("--cache", tmp_path / "cache", "--cache-size", "1GB", "--steps", 10, "--strict")
     with Server(data) as server:
-        one = Training(cluster, config, "--data", server.address, "--run", run, *flags)
+        one = train_on(cluster, config, "--data", server.address, "--run", run, *flags)
         assert one.end() == 4
     (error,) = strangers(one.lines)
     assert re.search(r"train sample 23 \(train-000002\.tar, key 000002_00003\): CRC-32", error)
@@ -217,7 +194,7 @@ def test_a_run_shrinks_with_a_lost_node_grows_with_a_new_one_and_is_one_run(
     # A rate at which rounding stays rounding: at 0.01 its errors grow tenfold in a few steps, in
     # any two worlds. What a sample's mask or place does to a loss is a hundred times more.
     words = ("--replicas", "1:2", "--ledger", "--steps", 250, "--schedule", "manual", "--lr", 2e-5)
-    one = Training(cluster, config, "--data", tiny_data, "--run", run, *words)
+    one = train_on(cluster, config, "--data", tiny_data, "--run", run, *words)
     one.until("starting: ")
     one.until("checkpoint")
     cluster.kill(1)

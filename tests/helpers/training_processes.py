@@ -6,6 +6,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import threading
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -94,6 +97,42 @@ def listening(mark: str) -> list[tuple[str, str]]:
                     )
                     found.append((title, address))
     return found
+
+
+class RunningCommand:
+    """A command that runs, its lines as they come.
+
+    Args:
+        process: the command, both its outputs in one pipe of text.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip())
+
+    def until(self, words: str, seconds: float = 180) -> str:
+        """Wait for a line that matches `words`; return it."""
+        deadline = time.monotonic() + seconds
+        while True:
+            ended = not self._reader.is_alive()
+            if found := [line for line in self.lines if re.search(words, line)]:
+                return found[-1]
+            assert not ended, "\n".join(self.lines)
+            assert time.monotonic() < deadline, "\n".join([f"no {words!r} in:", *self.lines])
+            time.sleep(0.1)
+
+    def end(self, seconds: float = 300) -> int:
+        """Wait for its end; return its exit code."""
+        code = self.process.wait(seconds)
+        self._reader.join()
+        return code
 
 
 LOOPBACK = (

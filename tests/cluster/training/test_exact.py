@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from cluster.mesh import ProcessMesh
 from cluster.run.folder import CHECKPOINTS, METRICS
-from cluster.training.gradients import GradientTree
+from cluster.training.gradients import GradientAverage, GradientTree
+from cluster.training.step import TrainStep
 from model.alexnet import AlexNet
 from model.column_threads import ColumnThreads
 from model.optimizer import Sgd2012
@@ -136,6 +137,22 @@ def test_gradients_are_summed_over_a_balanced_tree() -> None:
     assert torch.equal(found, rest[0])
     assert not torch.equal(found, torch.stack(single).double().sum(0).float())
     assert not torch.equal(found, sum(single))
+
+
+def test_images_are_answered_in_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel may round a row of a larger batch otherwise: so it must be as large everywhere."""
+    net = AlexNet(classes=4, width=1 / 16).eval()
+    seen: list[int] = []
+    forward = net.forward
+    monkeypatch.setattr(net, "forward", lambda x: (seen.append(len(x)), forward(x))[1])
+    for average, parts in ((GradientTree, [2, 2]), (GradientAverage, [4])):
+        with average(net, ProcessMesh()) as one:
+            step = TrainStep(
+                net, Sgd2012(net.named_parameters()), torch.float32, microbatch=2, average=one
+            )
+            assert step.infer(torch.zeros(4, 3, 224, 224)).shape == (4, 4)
+        assert seen == parts
+        seen.clear()
 
 
 def test_micro_batches_without_a_balanced_tree_are_refused() -> None:
