@@ -181,8 +181,8 @@ class Manifest:
             raise ValueError("it is no table")
         if (version := table.get("version")) != VERSION:
             raise ValueError(f"version {version!r:.40}, this program reads {VERSION}")
-        if table.pop(SEAL, None) not in (None, hash_json(table)):
-            raise ValueError("its bytes are not those that were written")
+        check_seal(table)
+        table.pop(SEAL, None)
         _check_keys(table, cls, "it")
         for name, split in _check_type(table["splits"], dict, "splits").items():
             _check_keys(split, Split, f"split {name!r:.60}")
@@ -217,6 +217,17 @@ class Manifest:
             there = ", ".join(self.splits)
             raise UsageError(f"data set {data} has no split {name!r}; it has {there}")
         return self.splits[name]
+
+
+def check_seal(table: dict[str, Any]) -> None:
+    """Compare the object of a manifest with its seal; an older one has none.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    content = {key: value for key, value in table.items() if key != SEAL}
+    if table.get(SEAL) not in (None, hash_json(content)):
+        raise ValueError("its bytes are not those that were written")
 
 
 def identity(data: Path) -> str:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.index import index_name
-from pipeline.dataset.manifest import LARGEST, NAME, Manifest, Shard
+from pipeline.dataset.manifest import LARGEST, NAME, Manifest, Shard, check_seal
 from pipeline.dataset.record import RECORD, read_address
 from pipeline.remote.cache import AS_STORED, Cache
 from pipeline.remote.download import HashCheck, Store, translate_disk_errors
@@ -317,7 +317,7 @@ class RemoteDataset:
         """Return the manifest that is in the store now."""
         with tempfile.TemporaryDirectory(prefix="duet-") as folder:
             path = self._store.fetch(
-                NAME, Path(folder), _check_json, limit=LARGEST, stop=self._stop
+                NAME, Path(folder), _check_manifest, limit=LARGEST, stop=self._stop
             )
             return path.read_bytes()
 
@@ -453,11 +453,17 @@ def _reset_open_sets() -> None:
 os.register_at_fork(after_in_child=_reset_open_sets)
 
 
-def _check_json(downloaded: Path) -> None:
+def _check_manifest(downloaded: Path) -> None:
+    """Find what a transfer may have damaged, and another may mend."""
     try:
-        parse_json(downloaded.read_bytes())
+        table = parse_json(downloaded.read_bytes())
     except ValueError as error:
         raise Mismatch("it is not a manifest (no JSON)") from error
+    if isinstance(table, dict):
+        try:
+            check_seal(table)
+        except ValueError as error:
+            raise Mismatch(f"it is not a whole manifest ({error})") from error
 
 
 def _list_shards(manifest: Manifest) -> list[Shard]:

@@ -148,7 +148,7 @@ class Lease:
         if not self._lost:
             with contextlib.suppress(StoreError):  # it is stale soon
                 self._folder.remove([self._name])
-        elif kind is not None and issubclass(kind, KeyboardInterrupt):  # by ourselves
+        elif kind is None or issubclass(kind, KeyboardInterrupt):  # by ourselves
             raise UsageError(
                 f"{self._folder.address} was taken over by another {self._work}, since this one "
                 f"gave no sign of life for {STALE:.0f} s; leave it to that one"
@@ -257,11 +257,14 @@ class Lease:
 
 
 def _interrupt() -> None:
-    """Raise KeyboardInterrupt in the main thread, by a signal that is not ignored there."""
-    ours = callable(signal.getsignal(signal.SIGTERM))  # `errors.run`; a shell may ignore SIGINT
+    """Raise KeyboardInterrupt in the main thread, by a signal that does so there.
+
+    A shell may have SIGINT ignored, and `ray.init` has SIGTERM end the process without a word.
+    """
+    raising = signal.getsignal(signal.SIGTERM) == signal.default_int_handler  # by `errors.run`
     main = threading.main_thread().ident
     if main is not None:
-        signal.pthread_kill(main, signal.SIGTERM if ours else signal.SIGINT)
+        signal.pthread_kill(main, signal.SIGTERM if raising else signal.SIGINT)
 
 
 def _machine() -> str:

@@ -110,7 +110,7 @@ def _parse_structs(data: bytes, name: str) -> list[dict[str, Value]] | str:
             )
         structs = np.atleast_1d(variables.get(name, ())).ravel()
         fields = structs.dtype.names
-        if fields is None:
+        if not fields:
             return f"it holds no structs named {name}"
         return [dict(zip(fields, map(_plain_value, row), strict=True)) for row in structs.tolist()]
     except MemoryError:

@@ -8,8 +8,10 @@ import itertools
 import os
 import pickle
 import resource
+import select
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import (
@@ -27,7 +29,7 @@ from dataclasses import fields, replace
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, BinaryIO, ParamSpec, Protocol, TypeVar, cast
 
 from pipeline.tools.errors import DuetError
 
@@ -35,6 +37,8 @@ READ_AHEAD = 16
 """Items that `read_ahead` reads or holds at a time."""
 QUEUED = 2
 """Jobs per process that a pool holds: no process waits, and memory stays bounded."""
+ISOLATED_SECONDS = 300.0
+"""Time in which an isolated call returns, or counts as hung."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 P = ParamSpec("P")
@@ -93,8 +97,8 @@ class Crash(Exception):
         from_outside: whether a user, the scheduler or the kernel may have sent the signal.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name if number else "no result")
+    def __init__(self, number: int, reason: str = "no result") -> None:
+        super().__init__(signal.Signals(number).name if number else reason)
         self.signal = number
         self.from_outside = number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -105,7 +109,7 @@ def call_isolated(call: Callable[P, R], *arguments: P.args, **options: P.kwargs)
     The caller must have no other threads that hold locks.
 
     Raises:
-        Crash: the process ended without returning it.
+        Crash: the process ended without returning it, or did not end in `ISOLATED_SECONDS`.
     """
     ours, theirs = os.pipe()
     child = os.fork()
@@ -123,13 +127,28 @@ def call_isolated(call: Callable[P, R], *arguments: P.args, **options: P.kwargs)
             os._exit(code)  # run no exit handlers and flush no buffers of the parent
     os.close(theirs)
     with open(ours, "rb") as pipe:
-        result = pipe.read()
+        result = _read_until(pipe, time.monotonic() + ISOLATED_SECONDS)
+    if result is None:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise Crash(0, f"no result in {ISOLATED_SECONDS:.0f} s")
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         raise Crash(os.WTERMSIG(status))
     if os.waitstatus_to_exitcode(status) != 0:
         raise Crash(0)
     return cast(R, pickle.loads(result))
+
+
+def _read_until(pipe: BinaryIO, deadline: float) -> bytes | None:
+    """Return all that comes through a pipe; None if it is open at the deadline still."""
+    found, poll = bytearray(), select.poll()
+    poll.register(pipe, select.POLLIN)
+    while poll.poll(1000 * max(deadline - time.monotonic(), 0)):
+        if not (more := os.read(pipe.fileno(), 1 << 20)):
+            return bytes(found)
+        found += more
+    return None
 
 
 def read_ahead(read: Callable[[J], R], items: Iterable[J]) -> Iterator[R]:

@@ -133,6 +133,7 @@ damages = st.tuples(changes, st.integers(130, 1500))
 
 @settings(max_examples=20, deadline=None)
 @example([([(1500, 57)], 904)])
+@example([([(0, 0), (136, 0), (503, 254), (0, 26), (1381, 47)], 927)])  # structs without fields
 @given(st.lists(damages, min_size=25, max_size=25))
 def test_damage_ends_in_an_error_or_in_structs(damages):
     """500 files: 25 share a process, which costs more than reading; if it crashes, each has one."""

@@ -6,12 +6,21 @@ import gc
 import itertools
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from pipeline.tools import processes
 from pipeline.tools.errors import DuetError
-from pipeline.tools.processes import QUEUED, READ_AHEAD, call_isolated, map_in_order, read_ahead
+from pipeline.tools.processes import (
+    QUEUED,
+    READ_AHEAD,
+    Crash,
+    call_isolated,
+    map_in_order,
+    read_ahead,
+)
 
 
 class Finalized:
@@ -95,6 +104,15 @@ def die(number: int) -> int:
     if number == 5:
         os._exit(1)
     return number
+
+
+def test_a_forked_call_that_hangs_is_killed(monkeypatch):
+    monkeypatch.setattr(processes, "ISOLATED_SECONDS", 0.3)
+    with pytest.raises(Crash, match=r"no result in 0 s") as raised:
+        call_isolated(time.sleep, 60)
+    assert not raised.value.from_outside, "it is the file's fault, or the program's"
+    assert call_isolated(len, bytes(10 << 20)) == 10 << 20
+    assert call_isolated(bytes, 3 << 20) == bytes(3 << 20), "more than a pipe holds"
 
 
 class Numbers(list[int]):
