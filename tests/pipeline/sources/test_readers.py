@@ -25,6 +25,7 @@ from pipeline.sources.paths import open_file
 from pipeline.sources.readers import open_reader
 from pipeline.tools.errors import SetupError, UsageError
 from tests.helpers.http_servers import HASTY, QUICK, Server
+from tests.helpers.processes import start
 from tests.helpers.range_servers import RangeServer
 from tests.helpers.tars import tar_of
 
@@ -139,12 +140,19 @@ def test_reading_here_and_there_takes_only_what_is_asked(tar):
         reader.close()
 
 
+def read_in_forks(address: str) -> None:
+    assert every_member(address) == FILES  # a scan before the workers start
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map_async(every_member, [address] * 4, 1).get(60) == 4 * [FILES]
+
+
 def test_forked_workers_read_from_a_store(tar):
+    """The process that forks is one of its own: this one has threads of all tests before."""
     with RangeServer(tar.parent) as server:
-        address = f"{server.address}/a.tar"
-        assert every_member(address) == FILES  # a scan before the workers start
-        with multiprocessing.get_context("fork").Pool(2) as pool:
-            assert pool.map(every_member, [address] * 4, 1) == 4 * [FILES]
+        process = start(read_in_forks, f"{server.address}/a.tar")
+        process.join(90)
+        process.kill()
+        assert process.exitcode == 0
 
 
 def test_a_remote_tar_survives_faults(tar):
