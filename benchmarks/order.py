@@ -38,7 +38,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.index import load_index, save_index
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.shards import shard_name
-from pipeline.remote.dataset import LocalDataset
+from pipeline.remote.local import LocalDataset
 from pipeline.stream.config import Shuffle
 from pipeline.stream.order import BlockShuffle, FullShuffle, Order, StoredOrder
 from pipeline.tools.errors import UsageError, run

@@ -41,8 +41,9 @@ from model.architecture import Design, build_stages
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.dataset.record import ADDRESS_KEY
-from pipeline.remote.dataset import Dataset, format_address, locate_dataset, open_dataset
+from pipeline.remote.dataset import format_address, locate_dataset, open_dataset
 from pipeline.remote.filesystem import is_remote, local_path
+from pipeline.remote.local import Dataset
 from pipeline.stream.mixture import fit_config
 from pipeline.stream.operators import require_dali
 from pipeline.stream.shard_reader import ShardReader

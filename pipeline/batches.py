@@ -18,7 +18,8 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeAlias
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.remote.dataset import Dataset, LocalDataset, open_dataset
+from pipeline.remote.dataset import open_dataset
+from pipeline.remote.local import Dataset, LocalDataset
 from pipeline.stream.config import Crop, StreamConfig
 from pipeline.stream.decode import DecodedBatch, can_keep_crops
 from pipeline.stream.fields import StoredSample

@@ -22,7 +22,7 @@ from cluster.config import Config, fit_images
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from cluster.doctor.job import checkpoint_bytes
 from pipeline.dataset.manifest import NAME, Manifest, Shard, Split
-from pipeline.remote.dataset import Dataset, default_cache, open_dataset
+from pipeline.remote.dataset import default_cache, open_dataset
 from pipeline.remote.filesystem import (
     EXTRAS,
     BackgroundCall,
@@ -34,6 +34,7 @@ from pipeline.remote.filesystem import (
     local_path,
     open_filesystem,
 )
+from pipeline.remote.local import Dataset
 from pipeline.remote.target import open_store
 from pipeline.tools.errors import DataError, DuetError, UsageError
 from pipeline.tools.files import drop_page_cache, ensure_writable
@@ -296,7 +297,7 @@ class DatasetCheck:
             for shard in chain.from_iterable(s.shards for s in manifest.splits.values()):
                 size = dataset.fetch_shard(shard).stat().st_size
                 if size != shard.bytes:
-                    path = dataset.folder / shard.name
+                    path = dataset.root / shard.name
                     raise DataError(f"{path} has {size} bytes instead of {shard.bytes}")
         return manifest
 

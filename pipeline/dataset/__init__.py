@@ -11,4 +11,5 @@ record        the data set of a run, as RUN/config.toml has it
 samples       tar members -> WebDataset samples, labels, classes
 shards        writes a shard and its DALI .idx
 tar           reads the headers of a tar
+versions      the chain of versions, and what was withdrawn
 """

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.images import LEAST_SIZE, MOST_SIZE, SIZE, Pixels
-from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.manifest import Manifest, tables_folder
 from pipeline.tools.errors import DamagedFile, refuse_forbidden, summarize_error
 from pipeline.tools.files import atomic_write, sha256
 
@@ -193,7 +193,7 @@ class Statistics:
             DamagedFile: it is missing, damaged, that of another data set, or its numbers cannot be.
             SetupError: it may not be read.
         """
-        path = data / NAME
+        path = (data if manifest is None else tables_folder(data, manifest)) / NAME
         expected = None if manifest is None else manifest.stats_sha256
         side = SIZE if manifest is None else manifest.mean_side
         try:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.jpeg_header import MAX_BYTES, MAX_PIXELS
-from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.manifest import Manifest, tables_folder
 from pipeline.tools.errors import DamagedFile, refuse_forbidden, summarize_error
 from pipeline.tools.files import atomic_write, sha256
 
@@ -82,17 +82,35 @@ def load_index(data: Path, name: str, manifest: Manifest) -> Index:
         SetupError: it may not be read.
     """
     rows, shards = map_index(data, name, manifest), manifest.splits[name].shards
+    path = _locate_index(data, name, manifest)
     ends = np.cumsum([shard.samples for shard in shards])
     sizes = np.array([shard.bytes for shard in shards], np.uint64)
+    counts = np.zeros(len(shards), np.int64)
     for start in range(0, len(rows), BLOCK):
         block = rows[start : start + BLOCK]
-        first, last = np.searchsorted(ends, [start, start + len(block) - 1], side="right")
-        inside = ends[first : last + 1].clip(max=start + len(block))
-        numbers = np.repeat(np.arange(first, last + 1), np.diff(inside, prepend=start))
-        found = find_row_faults(block, numbers, sizes[numbers], manifest)
-        for place, fault in found:
-            raise DamagedFile(data / index_name(name), f"sample {start + place}: {fault}")
+        if manifest.number > 1:  # a sample that was replaced lies in a later shard
+            numbers = block["shard"].clip(max=len(shards) - 1).astype(np.int64)
+        else:
+            numbers = _expect_shards(ends, start, start + len(block))
+        for place, fault in find_row_faults(block, numbers, sizes[numbers], manifest):
+            raise DamagedFile(path, f"sample {start + place}: {fault}")
+        counts += np.bincount(numbers, minlength=len(shards))
+    for shard, count in zip(shards, counts.tolist(), strict=True):
+        if count != shard.samples:
+            counted = f"the manifest counts {shard.samples:,}"
+            raise DamagedFile(path, f"it has {count:,} samples in {shard.name}, {counted}")
     return rows
+
+
+def _expect_shards(ends: npt.NDArray[np.int64], start: int, stop: int) -> npt.NDArray[np.int64]:
+    """Return the numbers of the shards of samples `start` to `stop`, one shard after the other."""
+    first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+    inside = ends[first : last + 1].clip(max=stop)
+    return np.repeat(np.arange(first, last + 1), np.diff(inside, prepend=start))
+
+
+def _locate_index(data: Path, name: str, manifest: Manifest) -> Path:
+    return tables_folder(data, manifest) / index_name(name)
 
 
 def map_index(data: Path, name: str, manifest: Manifest) -> Index:
@@ -102,7 +120,7 @@ def map_index(data: Path, name: str, manifest: Manifest) -> Index:
         DamagedFile: it is missing, damaged, or that of another data set.
         SetupError: it may not be read.
     """
-    path, split = data / index_name(name), manifest.splits[name]
+    path, split = _locate_index(data, name, manifest), manifest.splits[name]
     try:
         is_known = sha256(path) == split.index_sha256
         rows = np.load(path, mmap_mode="r", allow_pickle=False)

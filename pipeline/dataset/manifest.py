@@ -8,6 +8,7 @@ DATA/train.names.txt ...    names, keys and other members of the samples (`membe
 DATA/stats.npz              statistics of the training images (`image_stats.Statistics`)
 DATA/rejects.jsonl          every image that was not packed, and why
 DATA/duplicates.jsonl       images that are the same or nearly so, within and across splits
+DATA/versions/000002/       manifest and side files of a later version (`versions`)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pipeline.tools.files import atomic_write, is_plain_name, sha256
 from pipeline.tools.jsonl import hash_json, parse_json
 
 VERSION = 1
+"""Version of the format; `Manifest.number` is that of the data."""
 NAME = "manifest.json"
 REJECTS, DUPLICATES = "rejects.jsonl", "duplicates.jsonl"
 """Lists that a build leaves beside the manifest, which has their hashes."""
@@ -34,7 +36,14 @@ LARGEST = 256 * 2**20
 """Size limit of a manifest in bytes (that of a million shards has about 200 MB)."""
 SEAL = "manifest_sha256"
 """Key of the SHA-256 over all other keys and values; older manifests have none."""
+VERSIONS = "versions"
+"""Folder in DATA with a folder for each version, once there are two."""
+COUNTED = ("added", "replaced", "withdrawn", "purged", "skipped", "retried")
+"""Keys of `Manifest.change` that count samples."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_FIRST_ONLY = ("number", "parent", "tables_in", "change", "withdrawn_sha256", "purged",
+               "aggregates_sha256")  # fmt: skip
+"""Keys that the manifest of a first version does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +124,22 @@ class Manifest:
     """True if another tool made the shards, and chose names, keys and members;
     `pipeline.index_shards` indexed them in place."""
     version: int = field(default=VERSION)
+    number: int = 1
+    """Number of this version of the data, from 1."""
+    parent: str | None = None
+    """SHA-256 of the manifest of the version before; None in a first one."""
+    tables_in: str = ""
+    """Folder in DATA with the files beside the shards (index, tables, statistics, lists); "" is
+    DATA itself, where a first version has them."""
+    change: dict[str, Any] = field(default_factory=dict)
+    """Difference to the version before: counts of samples (`COUNTED`), and how it was made."""
+    withdrawn_sha256: str | None = None
+    """SHA-256 of `withdrawn.jsonl`, which lists all samples that were ever withdrawn."""
+    purged: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each shard that was rewritten without withdrawn samples, by its name; older
+    manifests have its former one."""
+    aggregates_sha256: str | None = None
+    """SHA-256 of `aggregates.npz`, by which the next version is made; None in first versions."""
 
     @property
     def side(self) -> int | None:
@@ -138,6 +163,9 @@ class Manifest:
         table = asdict(self)
         if self.fit == "square":
             del table["fit"]  # a set of squares can be read by programs that know no other
+        if self.number == 1:
+            for key in _FIRST_ONLY:
+                del table[key]
         return (json.dumps(table | {SEAL: hash_json(table)}, indent=1) + "\n").encode()
 
     def save(self, data: Path) -> None:
@@ -235,6 +263,29 @@ def identity(data: Path) -> str:
     return sha256(data / NAME)
 
 
+def version_folder(number: int) -> str:
+    """Return the folder of a version, relative to DATA."""
+    return f"{VERSIONS}/{number:06d}"
+
+
+def find_root(folder: Path) -> Path:
+    """Return DATA, given itself or the folder of one of its versions (DATA/versions/000001)."""
+    path = folder.absolute()
+    is_version = path.parent.name == VERSIONS and re.fullmatch(r"[0-9]{6}", path.name)
+    above = path.parent.parent
+    return above if is_version and (above / NAME).is_file() else folder
+
+
+def tables_folder(folder: Path, manifest: Manifest) -> Path:
+    """Return the folder with the files beside the shards of a version.
+
+    Args:
+        folder: where the manifest was read.
+        manifest: of the version.
+    """
+    return find_root(folder) / manifest.tables_in
+
+
 def _check_type(value: Any, kind: type, what: str) -> Any:
     if not isinstance(value, kind):
         raise ValueError(f"{what} is {value!r:.60}, no {'list' if kind is list else 'table'}")
@@ -269,9 +320,29 @@ def _find_faults(manifest: Manifest) -> Iterator[str]:
     shards = [shard.name for split in manifest.splits.values() for shard in split.shards]
     if len(set(shards)) < len(shards):
         yield "it names a shard twice"
+    yield from _find_version_faults(manifest)
     for key, (is_right, words) in _VALUES.items():
         if not is_right(value := getattr(manifest, key)):
             yield f"{key} is {value!r:.80}, not {words}"
+
+
+def _find_version_faults(manifest: Manifest) -> Iterator[str]:
+    number = manifest.number
+    if type(number) is not int or not 1 <= number < 10**6:
+        yield f"number is {number!r:.40}, not that of a version"
+    elif (manifest.parent is None) != (number == 1):
+        yield f"version {number} has {'no ' if number > 1 else 'a '}parent"
+    elif manifest.tables_in != ("" if number == 1 else version_folder(number)):
+        yield f"tables_in is {manifest.tables_in!r:.60}, not the folder of version {number}"
+    if not isinstance(manifest.change, dict):
+        yield f"change is {manifest.change!r:.60}, no table"
+    elif wrong := [key for key in COUNTED if not _is_count(manifest.change.get(key, 0))]:
+        yield f"change has {manifest.change[wrong[0]]!r:.40} {wrong[0]}"
+    purged = manifest.purged
+    if not isinstance(purged, dict) or not all(
+        is_plain_name(name) and _is_hash(digest) for name, digest in purged.items()
+    ):
+        yield f"purged is {purged!r:.60}, no table of shards and their SHA-256"
 
 
 def _find_split_faults(name: str, split: Split) -> Iterator[str]:
@@ -359,6 +430,9 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "leaks": _COUNT,
     "rejects_sha256": _HASH_OR_NONE,
     "duplicates_sha256": _HASH_OR_NONE,
+    "parent": _HASH_OR_NONE,
+    "withdrawn_sha256": _HASH_OR_NONE,
+    "aggregates_sha256": _HASH_OR_NONE,
     "libraries": _TEXTS,
     "foreign": (lambda value: type(value) is bool, "true or false"),
 }

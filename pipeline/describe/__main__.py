@@ -25,8 +25,9 @@ from pipeline.describe.facts import (
     to_json,
 )
 from pipeline.options import DescribeOptions
-from pipeline.remote.dataset import Dataset, open_dataset
+from pipeline.remote.dataset import open_dataset
 from pipeline.remote.filesystem import is_remote
+from pipeline.remote.local import Dataset
 from pipeline.tools.arguments import MOST_SEED, parse_options, require_range
 from pipeline.tools.charts import encode_image, page_templates
 from pipeline.tools.errors import UsageError, run

@@ -20,10 +20,10 @@ from rich.text import Text
 
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import load_index
-from pipeline.dataset.manifest import DUPLICATES, REJECTS, Manifest, Split
-from pipeline.remote.dataset import Dataset
+from pipeline.dataset.manifest import DUPLICATES, REJECTS, Manifest, Split, tables_folder
 from pipeline.remote.download import Store
 from pipeline.remote.filesystem import Mismatch, is_remote
+from pipeline.remote.local import Dataset
 from pipeline.tools.errors import REBUILD, DataError
 from pipeline.tools.files import sha256
 from pipeline.tools.jsonl import Row, read_all_rows
@@ -154,7 +154,7 @@ def _compare_component(statistics: Statistics, place: int) -> Component:
 def _count_reasons(data: str, dataset: Dataset, manifest: Manifest) -> list[Reason] | None:
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
-    with _open_list(data, dataset, REJECTS, manifest.rejects_sha256) as path:
+    with _open_list(data, dataset, manifest, REJECTS) as path:
         if path is None:
             return None
         for row in _read_rows(path):
@@ -169,7 +169,7 @@ def _count_duplicates(data: str, dataset: Dataset, manifest: Manifest) -> Duplic
         return None  # no search was made, and a store is slow to answer
     counts = dict.fromkeys(("groups", "pictures", "exact", "near", "leaks", "labels_differ"), 0)
     shown: dict[tuple[bool, bool], list[dict[str, Any]]] = {}
-    with _open_list(data, dataset, DUPLICATES, manifest.duplicates_sha256) as path:
+    with _open_list(data, dataset, manifest, DUPLICATES) as path:
         if path is None:
             return None
         for row in _read_rows(path):
@@ -187,17 +187,16 @@ def _count_duplicates(data: str, dataset: Dataset, manifest: Manifest) -> Duplic
 
 
 @contextmanager
-def _open_list(
-    data: str, dataset: Dataset, name: str, expected: str | None
-) -> Iterator[Path | None]:
+def _open_list(data: str, dataset: Dataset, manifest: Manifest, name: str) -> Iterator[Path | None]:
     """Yield the path of a list beside the manifest, checked if its hash is known; None if missing.
 
     Raises:
         DataError: the list is not the one that was built.
         StoreError: the store does not answer.
     """
+    expected = getattr(manifest, f"{Path(name).stem}_sha256")
     if not is_remote(data):
-        path = dataset.folder / name
+        path = tables_folder(dataset.folder, manifest) / name
         if path.is_file() and expected not in (None, sha256(path)):
             raise DataError(f"{path} is not the one that was built; restore it, or {REBUILD}")
         yield path if path.is_file() else None
@@ -208,7 +207,8 @@ def _open_list(
             raise Mismatch("SHA-256 differs from the manifest")
 
     with tempfile.TemporaryDirectory(prefix="duet-") as folder:
-        yield Store(data).fetch(
+        place = f"{data.rstrip('/')}/{manifest.tables_in}"
+        yield Store(place).fetch(
             name, Path(folder), check, limit=LARGEST_LIST, stop=threading.Event()
         )
 

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import Pixels
 from pipeline.describe.facts import Facts, SplitFacts
-from pipeline.remote.dataset import Dataset, LocalDataset
+from pipeline.remote.local import Dataset, LocalDataset
 from pipeline.stream.augment import compute_color_shift
 from pipeline.stream.shard_reader import Damage, ShardReader
 from pipeline.tools.charts import (

@@ -1,11 +1,12 @@
 """Stores: any address that fsspec knows, with one function that retries requests.
 
 cache        shard cache of a node
-dataset      a data set in a folder or a store
+dataset      opens a data set in a folder or a store
 download     one file to a local path
 file         a seekable remote file
 filesystem   addresses, file systems, retries, timeouts, error text
 lease        one writer at an address
+local        the interface of a data set, and one in a folder
 prefetch     downloads shards before they are needed
 target       writes to a folder or an object store
 """

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.dataset.manifest import NAME as MANIFEST
+from pipeline.dataset.manifest import VERSIONS
 from pipeline.remote.filesystem import Stopped
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.tools.files import PARTIAL, NoLocks, atomic_write, sync_path, try_lock, unlock
@@ -265,10 +266,11 @@ class Cache:
             # CACHE may hold folders of other programs, with tars in them.
             if not _SET.fullmatch(folder.name) or not (folder / LOCKS).is_dir():
                 continue
-            for item in os.scandir(folder):
-                with suppress(FileNotFoundError):  # removed meanwhile
-                    if item.is_file():
-                        yield Path(item.path), item.stat()
+            for part in (folder, *(folder / VERSIONS).glob("*")):
+                for item in os.scandir(part):
+                    with suppress(FileNotFoundError):  # removed meanwhile
+                        if item.is_file():
+                            yield Path(item.path), item.stat()
 
     def _sweep(self) -> None:
         """Remove partial files of dead processes. The lock of the cache must be held."""

@@ -1,4 +1,4 @@
-"""Data sets that are read: in a folder, or in a store through the node's shard cache.
+"""Data sets that are read: `open_dataset`, and those in a store through the node's shard cache.
 
 Threads of a process share one `RemoteDataset`; processes open their own and share the cache. After
 a fork the child's data set works, without the downloads of the parent's threads.
@@ -6,25 +6,37 @@ a fork the child's data set works, without the downloads of the parent's threads
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.index import index_name
-from pipeline.dataset.manifest import LARGEST, NAME, Manifest, Shard, check_seal
+from pipeline.dataset.manifest import LARGEST, NAME, Manifest, Shard, check_seal, find_root
 from pipeline.dataset.record import RECORD, read_address
-from pipeline.remote.cache import AS_STORED, Cache
+from pipeline.dataset.versions import (
+    WITHDRAWN,
+    SealedVersion,
+    Version,
+    Withdrawn,
+    find_version,
+    load_withdrawn,
+    read_local,
+    read_newest,
+    version_place,
+)
+from pipeline.remote.cache import AS_STORED, LOCKS, Cache
 from pipeline.remote.download import HashCheck, Store, translate_disk_errors
 from pipeline.remote.filesystem import Mismatch, StoreError, is_remote, local_path
+from pipeline.remote.local import Dataset, LocalDataset
 from pipeline.remote.prefetch import FetchOutcome, ShardPrefetcher
-from pipeline.tools.errors import REBUILD, DamagedFile, DataError, UsageError
+from pipeline.tools.errors import DamagedFile, DataError, UsageError
 from pipeline.tools.files import sha256
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.progress import announce
@@ -42,6 +54,7 @@ def open_dataset(
     *,
     cache: str | os.PathLike[str] | None = None,
     cache_size: int = CACHE_SIZE,
+    version: Version = None,
 ) -> Dataset:
     """Open the data set in a folder or at an address.
 
@@ -55,22 +68,28 @@ def open_dataset(
             data sets; default `$XDG_CACHE_HOME/duet`, or `~/.cache/duet`.
         cache_size: size limit of the cache in bytes. It should hold the shards that are read and
             prefetched at a time by all processes of the node.
+        version: number or identity of a version of the data set; None: the newest.
 
     Raises:
-        UsageError: no data set in this folder, an unknown scheme, a cache that cannot be written or
-            is too small for one shard.
+        UsageError: no data set in this folder, no such version, an unknown scheme, a cache that
+            cannot be written or is too small for one shard.
         SetupError: the package for the scheme is missing, or the cache's disk is full.
         StoreError: the store did not answer, after all tries.
         DataError: the address holds no data set.
     """
     address = os.fspath(data)
     if not is_remote(address):
-        Manifest.load(local_path(address))
-        return LocalDataset(local_path(address))
+        folder = local_path(address)
+        Manifest.load(folder)
+        if version is not None:
+            root = find_root(folder)
+            folder = version_place(root, find_version(read_local(root), version, str(root)))
+        return LocalDataset(folder)
     store = Store(address)
-    folder = default_cache() if cache is None else Path(cache)
+    folder = (default_cache() if cache is None else Path(cache)).absolute()
     with announce(f"opening {hide_credentials(address)}"):
-        return RemoteDataset(store, Cache(folder.absolute(), cache_size, store.policy.lock_timeout))
+        kept = Cache(folder, cache_size, store.policy.lock_timeout)
+        return RemoteDataset(store, kept, version=version)
 
 
 def fetch_metadata(
@@ -78,12 +97,14 @@ def fetch_metadata(
     *,
     cache: str | os.PathLike[str] | None = None,
     cache_size: int = CACHE_SIZE,
+    version: Version = None,
 ) -> Path:
     """Return a local folder with manifest, statistics and indices; see `open_dataset`.
 
-    It is the data set's own folder, or that in the cache; shards may be missing.
+    It is the data set's own folder (or that of a version in it), or that in the cache; shards may
+    be missing.
     """
-    dataset = open_dataset(data, cache=cache, cache_size=cache_size)
+    dataset = open_dataset(data, cache=cache, cache_size=cache_size, version=version)
     dataset.close()
     return dataset.folder
 
@@ -134,110 +155,19 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duet"
 
 
-class Dataset(Protocol):
-    """The files of one data set. Threads may share it."""
-
-    folder: Path
-    """Local folder with `manifest.json`, `stats.npz` and `SPLIT.index.npy`. A shard of a
-    remote data set is in it after `fetch_shard` or `open`."""
-
-    def fetch_shard(self, shard: Shard) -> Path:
-        """Return the local path of a whole shard, and mark it as used now.
-
-        For a remote data set this waits until the shard is downloaded and checked against the
-        manifest. Another process may evict the file again (the least recently used first); a file
-        that is open or mapped stays readable, and `open` copes with an eviction.
-
-        Raises:
-            DataError: a local shard is missing, or the store has no file that fits the manifest.
-            StoreError: the store did not give it, after all tries.
-            UsageError, SetupError: the cache cannot be written, or its disk is full.
-        """
-
-    def open(self, shard: Shard) -> BinaryIO:
-        """Open a shard for reading (unbuffered reads and `mmap` are up to the caller).
-
-        Raises:
-            As `fetch_shard`.
-        """
-
-    def prefetch(self, shards: Sequence[Shard]) -> None:
-        """Download the shards that are needed next in the background, in this order.
-
-        Returns at once. The shards are not evicted before the next call, which also drops
-        downloads that have not begun. A download that fails raises nothing here: `fetch_shard`
-        tries again and raises.
-        """
-
-    def recheck(self, shard: Shard) -> bool:
-        """Check a shard again of which a sample failed its CRC-32; replace a damaged local copy.
-
-        Returns:
-            True if there is a better file now than `fetch_shard` last returned: call it again and
-            read again. False if there is none: a local data set, a file that matches its manifest,
-            or damage that the store itself holds.
-
-        Raises:
-            As `fetch_shard`: the local copy is damaged, and the store does not give another.
-        """
-
-    def fetch_table(self, name: str, digest: str) -> None:
-        """Bring a further table into `folder`: it is needed by few readers.
-
-        Args:
-            name: of the file.
-            digest: its SHA-256, as the manifest lists it.
-
-        Raises:
-            As `fetch_shard`.
-        """
-
-    def close(self) -> None:
-        """End all downloads, within seconds; no other method may be called afterwards."""
-
-
-class LocalDataset:
-    """A data set in a folder of this machine."""
-
-    def __init__(self, folder: Path) -> None:
-        """Open nothing; `Manifest.load` checks the folder."""
-        self.folder = folder
-
-    def fetch_shard(self, shard: Shard) -> Path:
-        """See `Dataset`."""
-        path = self.folder / shard.name
-        if not path.is_file():
-            raise DataError(f"shard {path} is missing; restore it, or {REBUILD}")
-        return path
-
-    def open(self, shard: Shard) -> BinaryIO:
-        """See `Dataset`."""
-        return self.fetch_shard(shard).open("rb")
-
-    def prefetch(self, shards: Sequence[Shard]) -> None:
-        """Do nothing: all shards are local."""
-
-    def recheck(self, shard: Shard) -> bool:
-        """Return False: there is no other copy."""
-        return False
-
-    def fetch_table(self, name: str, digest: str) -> None:
-        """Do nothing: all tables are local."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
 class RemoteDataset:
     """A data set at an address, read through the cache."""
 
-    def __init__(self, store: Store, cache: Cache, threads: int = THREADS) -> None:
+    def __init__(
+        self, store: Store, cache: Cache, threads: int = THREADS, version: Version = None
+    ) -> None:
         """Download the manifest, and the statistics and indices unless they are in the cache.
 
         Args:
             store: the address.
             cache: of this node.
             threads: shards that are prefetched at a time.
+            version: number or identity of the version; None: the newest.
 
         Raises:
             StoreError: the store does not give them.
@@ -249,17 +179,24 @@ class RemoteDataset:
         self._cache = cache
         self._stop = threading.Event()
         with translate_disk_errors(cache.folder):
-            text = self._download_manifest()
-            self._digest, manifest = self._parse_manifest(text)
-            self.folder = cache.create_folder(self._digest, text)
-            self._check_sizes(manifest)
-            self._fetch_small(STATS, manifest.stats_sha256)
-            for name, split in manifest.splits.items():
+            found, self._newest = self._find_version(version)
+            self._identity, self._manifest = found.identity, found.manifest
+            self.folder = self.root = cache.create_folder(found.identity, found.text)
+            self._check_sizes(found.manifest)
+            self._fetch_small(STATS, found.manifest.stats_sha256)
+            for name, split in found.manifest.splits.items():
                 self._fetch_small(index_name(name), split.index_sha256)
         self._returned: dict[str, tuple[int, int]] = {}
         """File identity (see `_file_id`) of the copy that `fetch_shard` last returned, by name."""
         self._prefetcher = ShardPrefetcher(self._prefetch, threads, self._stop)
         _open_sets.add(self)
+
+    def load_withdrawn(self) -> Withdrawn:
+        """See `Dataset`."""
+        if (digest := self._newest.withdrawn_sha256) is not None:
+            with translate_disk_errors(self._cache.folder):
+                self._fetch_small(WITHDRAWN, digest, self._newest)
+        return load_withdrawn(self.folder, self._newest)
 
     def fetch_shard(self, shard: Shard) -> Path:
         """See `Dataset`."""
@@ -313,24 +250,25 @@ class RemoteDataset:
         self._stop = threading.Event()
         self._prefetcher = ShardPrefetcher(self._prefetch, self._prefetcher.limit, self._stop)
 
-    def _download_manifest(self) -> bytes:
-        """Return the manifest that is in the store now."""
+    def _find_version(self, version: Version) -> tuple[SealedVersion, Manifest]:
+        """Return a version, and the manifest of the newest, both as the store has them now."""
+        with _manifest_errors():
+            newest = read_newest(self._download_manifest, str(self._store))
+            known = {NAME: newest.text}
+
+            def read(name: str) -> bytes:
+                return known.get(name) or self._download_manifest(name)
+
+            return find_version(read, version, str(self._store)), newest.manifest
+
+    def _download_manifest(self, name: str = NAME) -> bytes:
+        """Return a manifest that is in the store now."""
         with tempfile.TemporaryDirectory(prefix="duet-") as folder:
+            (Path(folder) / name).parent.mkdir(parents=True, exist_ok=True)
             path = self._store.fetch(
-                NAME, Path(folder), _check_manifest, limit=LARGEST, stop=self._stop
+                name, Path(folder), _check_manifest, limit=LARGEST, stop=self._stop
             )
             return path.read_bytes()
-
-    def _parse_manifest(self, text: bytes) -> tuple[str, Manifest]:
-        """Return the identity of a manifest (see `manifest.identity`), and its content."""
-        try:
-            manifest = Manifest.parse(text, f"{self._store}/{NAME}")
-        except DamagedFile as error:
-            raise DataError(
-                f"{self._store}/{NAME} cannot be read ({error.reason}); "
-                "give the address of a data set"
-            ) from error
-        return hashlib.sha256(text).hexdigest(), manifest
 
     def _check_sizes(self, manifest: Manifest) -> None:
         largest = max(_list_shards(manifest), key=lambda shard: shard.bytes, default=None)
@@ -340,9 +278,11 @@ class RemoteDataset:
                 f"have {self._cache.limit}; give a larger --cache-size"
             )
 
-    def _fetch_small(self, name: str, digest: str) -> None:
+    def _fetch_small(self, name: str, digest: str, manifest: Manifest | None = None) -> None:
         """Download a file beside the shards, unless it is there; it is never evicted."""
+        name = f"{(manifest or self._manifest).tables_in}/{name}".lstrip("/")
         path = self.folder / name
+        (path.parent / LOCKS).mkdir(parents=True, exist_ok=True)
 
         def is_here() -> bool:
             return path.is_file() and sha256(path) == digest
@@ -435,11 +375,31 @@ class RemoteDataset:
                 return FetchOutcome.HERE if has_room else FetchOutcome.NO_ROOM
 
     def _refuse_rebuilt_set(self) -> None:
-        """Raise if the manifest in the store has changed: its shards are new, and not damaged."""
-        if self._parse_manifest(self._download_manifest())[0] != self._digest:
+        """Raise if the store has another data set by now: its shards are new, and not damaged.
+
+        A later version of this one is none: of its shards some may have been purged.
+        """
+        try:
+            self._find_version(self._identity)
+        except UsageError as error:
             raise DataError(
                 f"data set {self._store} was replaced by another while it was read; start again"
-            )
+            ) from error
+
+
+@contextmanager
+def _manifest_errors() -> Iterator[None]:
+    """Name the manifest of a store that cannot be read in the block.
+
+    Raises:
+        DataError: one line.
+    """
+    try:
+        yield
+    except DamagedFile as error:
+        raise DataError(
+            f"{error.path} cannot be read ({error.reason}); give the address of a data set"
+        ) from error
 
 
 _open_sets: weakref.WeakSet[RemoteDataset] = weakref.WeakSet()

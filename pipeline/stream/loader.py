@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pipeline.dataset.manifest import identity
-from pipeline.remote.dataset import Dataset
+from pipeline.remote.local import Dataset
 from pipeline.stream.augment import draw, draw_regions
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import (

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest
-from pipeline.remote.dataset import Dataset
+from pipeline.remote.local import Dataset
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import Bytes, Damage, Flags, ShardReader, choose_sample

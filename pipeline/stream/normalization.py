@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipeline.dataset.image_stats import Statistics, pool_statistics
 from pipeline.dataset.manifest import Manifest
-from pipeline.remote.dataset import Dataset
+from pipeline.remote.local import Dataset
 from pipeline.stream.augment import compute_color_shift
 from pipeline.stream.config import ColorPlan, StreamConfig
 

@@ -21,7 +21,7 @@ from isal import isal_zlib
 
 from pipeline.dataset.images import Pixels, Undecodable, decode_image, read_orientation
 from pipeline.dataset.index import BLOCK, load_index, sample_key
-from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.manifest import Manifest, tables_folder
 from pipeline.dataset.members import (
     Members,
     TextKind,
@@ -34,7 +34,7 @@ from pipeline.dataset.members import (
 )
 from pipeline.dataset.samples import group_samples
 from pipeline.dataset.tar import read_members
-from pipeline.remote.dataset import Dataset, LocalDataset
+from pipeline.remote.local import Dataset, LocalDataset
 from pipeline.stream.order import Ids
 from pipeline.stream.timing import Spent
 from pipeline.tools.errors import REBUILD, DamagedFile, DataError, DuetError, SetupError, UsageError
@@ -363,7 +363,8 @@ class ShardReader:
         if kind not in self._texts:
             if text_files(kind)[0] not in self._tables:
                 return None
-            files = [self._dataset.folder / f"{self.split}.{name}" for name in text_files(kind)]
+            folder = tables_folder(self._dataset.folder, self.manifest)
+            files = [folder / f"{self.split}.{name}" for name in text_files(kind)]
             is_remote = not isinstance(self._dataset, LocalDataset)
             if is_remote and not self._finalizer.alive and not all(map(Path.is_file, files)):
                 raise UsageError(
@@ -372,13 +373,13 @@ class ShardReader:
                 )
             for name in text_files(kind):
                 self._dataset.fetch_table(f"{self.split}.{name}", self._tables[name])
-            self._texts[kind] = TextTable(self._dataset.folder, self.split, kind, len(self))
+            self._texts[kind] = TextTable(folder, self.split, kind, len(self))
         return self._texts[kind]
 
     def _open_members(self, field: str) -> Members:
         """Map the table of a field, and check every row."""
         name = field_table(field)
-        folder, count = self._dataset.folder, len(self._index)
+        folder, count = tables_folder(self._dataset.folder, self.manifest), len(self._index)
         if name not in self._tables:
             there = ", ".join(list_fields(self._tables)) or "none"
             how = "index-shards on it" if self.manifest.foreign else "build-shards"
@@ -386,14 +387,15 @@ class ShardReader:
             if field.endswith("png") and not self.manifest.foreign:
                 way += f", or --masks {field} if it is a mask"
             raise UsageError(
-                f"split {self.split} of {folder} has no field {field!r} (it has {there}); {way}"
+                f"split {self.split} of {self._dataset.folder} has no field {field!r} (it has "
+                f"{there}); {way}"
             )
         self._dataset.fetch_table(f"{self.split}.{name}", self._tables[name])
         rows = map_members(folder, self.split, field, count, self._tables[name])
         sizes = np.array([shard.bytes for shard in self.shards], np.uint64)
-        for number, start in enumerate(self._starts[:-1].tolist()):
-            faults = find_member_faults(rows[start : self._starts[number + 1]], sizes[number])
-            if faults:
+        for start in range(0, count, BLOCK):
+            shards = self._index["shard"][start : start + BLOCK]
+            if faults := find_member_faults(rows[start : start + BLOCK], sizes[shards]):
                 reason = f"sample {start + faults[0]}: the shard ends before it does"
                 raise DamagedFile(folder / f"{self.split}.{name}", reason)
         return rows
@@ -423,7 +425,7 @@ class ShardReader:
             what = f"cannot be read ({error.strerror})"
             if error.errno in (errno.EIO, errno.EBADMSG, errno.EUCLEAN):
                 return what
-            path = self._dataset.folder / self.shards[shard].name
+            path = self._dataset.root / self.shards[shard].name
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 why = f"cannot be opened ({error.strerror}); raise `ulimit -n`"
                 raise SetupError(f"shard {path} {why}") from error

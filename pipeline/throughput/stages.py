@@ -29,7 +29,8 @@ import torch
 from pipeline.batches import Stream
 from pipeline.dataset.images import Encoding
 from pipeline.dataset.manifest import Manifest
-from pipeline.remote.dataset import Dataset, open_dataset
+from pipeline.remote.dataset import open_dataset
+from pipeline.remote.local import Dataset
 from pipeline.stream import operators as dali
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import (
@@ -347,7 +348,7 @@ class StageRates:
 def measure_stages(parts: Parts, seconds: float, batches: int) -> StageRates:
     """Measure every stage and its limit, about `seconds` each."""
     cold, kept = measure_cold_reading(parts, min(batches, 60))
-    folder = parts.dataset.folder  # of a data set in a store, only the shards in the cache
+    folder = parts.dataset.root  # of a data set in a store, only the shards in the cache
     here = (shard for shard in parts.shard_reader.shards if (folder / shard.name).is_file())
     paths = [parts.dataset.fetch_shard(shard) for shard in itertools.islice(here, 16)]
     disk, left = hardware.measure_disk(paths)

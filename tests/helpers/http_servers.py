@@ -75,7 +75,8 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        name = self.path.rsplit("/", 1)[-1]
+        _, inside, name = self.path.rpartition("/set/")
+        name = name if inside else self.path.rsplit("/", 1)[-1]
         self.server.counts[name] += 1
         fault = next(self.server.faults.get(name, iter(())), "")
         path = self.server.folder / name

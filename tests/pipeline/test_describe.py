@@ -26,7 +26,7 @@ from pipeline.describe.figures import (
     make_class_bars,
     make_strips,
 )
-from pipeline.remote.dataset import LocalDataset
+from pipeline.remote.local import LocalDataset
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.normalization import Normalization
 from pipeline.tools.errors import DataError, UsageError

@@ -16,7 +16,7 @@ from pipeline.dataset.images import Encoding, encode_npy
 from pipeline.dataset.index import Index, load_index, save_index
 from pipeline.dataset.manifest import Manifest, Shard
 from pipeline.dataset.shards import SampleContent, shard_name, to_shard, write_tar
-from pipeline.remote.dataset import LocalDataset
+from pipeline.remote.local import LocalDataset
 from pipeline.stream.shard_reader import Bytes, ShardReader
 
 RAW_IMAGES = 500

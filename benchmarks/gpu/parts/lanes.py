@@ -23,7 +23,7 @@ from parts.copies import read_samples
 from pipeline.batches import Stream
 from pipeline.dataset.images import SIZE
 from pipeline.dataset.manifest import Manifest
-from pipeline.remote.dataset import LocalDataset
+from pipeline.remote.local import LocalDataset
 from pipeline.stream.config import CROP, Device, StreamConfig
 from pipeline.stream.decode import (
     Decoder,

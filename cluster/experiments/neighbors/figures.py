@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from cluster.experiments.neighbors.features import Features, Ids
 from cluster.experiments.neighbors.search import Floats, compute_squared_distances
 from pipeline.dataset.images import Pixels
-from pipeline.remote.dataset import Dataset
+from pipeline.remote.local import Dataset
 from pipeline.stream.shard_reader import Damage, ShardReader
 from pipeline.tools.charts import (
     CHECK,

@@ -25,7 +25,8 @@ from cluster.experiments.study.config import DataSubset
 from pipeline.dataset.manifest import NAME, identity
 from pipeline.options import BuildConfig
 from pipeline.packing.build import build
-from pipeline.remote.dataset import Dataset, fetch_metadata, open_dataset
+from pipeline.remote.dataset import fetch_metadata, open_dataset
+from pipeline.remote.local import Dataset
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError

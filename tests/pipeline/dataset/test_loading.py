@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import INDEX_DTYPE, MOST_IMAGE_BYTES, load_index
 from pipeline.dataset.manifest import Manifest
-from pipeline.remote.dataset import LocalDataset, open_dataset
+from pipeline.remote.dataset import open_dataset
+from pipeline.remote.local import LocalDataset
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DamagedFile, DataError, DuetError
 from pipeline.tools.files import is_plain_name

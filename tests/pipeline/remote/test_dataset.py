@@ -7,9 +7,10 @@ import sys
 
 import pytest
 
-from pipeline.remote.dataset import LocalDataset, open_dataset
+from pipeline.remote.dataset import open_dataset
 from pipeline.remote.download import Store
 from pipeline.remote.filesystem import is_remote
+from pipeline.remote.local import LocalDataset
 from pipeline.tools.errors import DataError, SetupError, UsageError
 from pipeline.tools.units import parse_size
 from tests.helpers.http_servers import complain, shards

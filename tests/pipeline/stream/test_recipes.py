@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
-from pipeline.remote.dataset import LocalDataset
+from pipeline.remote.local import LocalDataset
 from pipeline.stream import operators as dali
 from pipeline.stream.augment import Draw, NamedDraw, draw, draw_regions
 from pipeline.stream.config import StreamConfig

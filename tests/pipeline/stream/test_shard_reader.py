@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.batches import Stream
-from pipeline.remote.dataset import LocalDataset
+from pipeline.remote.local import LocalDataset
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError
 from tests.helpers.damage import FLIPPED, SAMPLES, change, flip, taken, undecodable

@@ -21,7 +21,7 @@ from pipeline.dataset.jpeg_header import ImageError
 from pipeline.dataset.manifest import Manifest
 from pipeline.packing.plan import LONGEST, Sizing
 from pipeline.packing.resize import prepare_image, resample
-from pipeline.remote.dataset import LocalDataset
+from pipeline.remote.local import LocalDataset
 from pipeline.stream.augment import draw, draw_regions
 from pipeline.stream.mixture import open_reader
 from pipeline.stream.order import FullShuffle

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
-from pipeline.remote.dataset import LocalDataset
+from pipeline.remote.local import LocalDataset
 from pipeline.stream.augment import compute_color_shift, draw
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.order import FullShuffle
