@@ -9,6 +9,7 @@ manifest      manifest.json
 members       tables beside the index: names, keys, other members of each sample
 record        the data set of a run, as RUN/config.toml has it
 samples       tar members -> WebDataset samples, labels, classes
+segments      which version a run reads, from which position on
 shards        writes a shard and its DALI .idx
 tar           reads the headers of a tar
 versions      the chain of versions, and what was withdrawn

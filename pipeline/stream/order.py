@@ -10,10 +10,13 @@ samples are selected, N is their number and a place counts them alone.
     StoredOrder     as the samples lie in the shards (evaluation)
     WeightedOrder   each position draws a sample by weight, whatever was drawn before
     Mixture         several orders, interleaved in fixed shares
+    SegmentedOrder  several orders, one after the other: a data set that grows
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from fractions import Fraction
@@ -24,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.dataset.segments import Segments, find_segment
 from pipeline.stream.augment import DRAW_WORDS, Uint64s, random_uint64, to_unit
 
 Ids = npt.NDArray[np.int64]
@@ -411,6 +415,68 @@ class Mixture:
         """Return how many positions before a block belong to each dataset."""
         ends = [int(block * PATTERN * end) for end in self._ends]
         return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+class SegmentedOrder:
+    """The orders of the versions of a data set, one after the other.
+
+    Ids count on from segment to segment, and so do epochs: a sample that is in two versions has an
+    id in each. In its segment an order is what it would be alone, at its epochs.
+    """
+
+    def __init__(self, orders: Sequence[Order], segments: Segments) -> None:
+        """Args: the order of each segment, over as many samples, and the segments."""
+        self.seed = orders[0].seed
+        self.samples = orders[-1].samples
+        """Samples of an epoch of the last segment, N."""
+        self.selected = None
+        self._orders, self._segments = orders, segments
+        self._ends = [*(segment.position for segment in segments[1:]), math.inf]
+        self._firsts = [0, *accumulate(order.samples for order in orders)]
+        self._shards = [0, *accumulate(len(order.starts) - 1 for order in orders)]
+        self._needs: tuple[list[tuple[int, ...]], tuple[int, ...]] = [], ()
+
+    def list_slots(self, position: int, count: int) -> Slots:
+        """Return the slots at [position, position + count); see `Order`."""
+        parts: list[Slots] = []
+        end = position + count
+        while position < end or not parts:
+            number, place = self._locate(position)
+            last = int(min(end, self._ends[number]))
+            slots = self._orders[number].list_slots(place, last - position)
+            parts.append(slots._replace(ids=slots.ids + self._firsts[number]))
+            position = last
+        return Slots(*map(np.concatenate, zip(*parts, strict=True)))
+
+    def choose_substitute(self, position: int, due: int, turn: int) -> int:
+        """Return the sample of the same version that replaces a damaged one; see `Order`."""
+        number, place = self._locate(position)
+        first = self._firsts[number]
+        return first + self._orders[number].choose_substitute(place, due - first, turn)
+
+    def list_shards(self, position: int) -> tuple[int, ...]:
+        """Return the shards that are needed from `position` on, also those behind a near border."""
+        number, place = self._locate(position)
+        found = [(number, self._orders[number].list_shards(place))]
+        if (end := self._ends[number]) <= position + SCANNED:
+            following, place = self._locate(int(end))
+            found.append((following, self._orders[following].list_shards(place)))
+        needs = [shards for _, shards in found]
+        if len(needs) != len(self._needs[0]) or any(map(operator.is_not, needs, self._needs[0])):
+            every = tuple(self._shards[n] + shard for n, shards in found for shard in shards)
+            self._needs = needs, every
+        return self._needs[1]
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """Return the segment of a position, and the position in its order."""
+        if position < 0:
+            raise ValueError(f"no order for position={position}")
+        number = find_segment(self._segments, position)
+        segment = self._segments[number]
+        return number, position - segment.position + segment.epoch * segment.samples
+
+
+AnyOrder = Order | Mixture | SegmentedOrder
 
 
 def _assign_parts(seed: int, epoch: int, samples: int) -> tuple[npt.NDArray[np.uint16], Ids]:
