@@ -144,23 +144,37 @@ def describe_checkpoint(config: Config, found: Checkpoint, table: dict[str, Any]
 def list_layers(design: Design) -> list[list[object]]:
     """Return [name, how, then] of each layer in order: how to compute it from its weights.
 
-    `how` are arguments of `torch.nn.functional.conv2d`, none for a fully connected layer. `then`
-    are the operations that follow, each with its arguments: ["relu"], ["tanh"], ["norm", columns],
-    ["spatial_norm"], ["lcn", columns], ["scale", layer], ["pool", side, stride] and
+    `how` are arguments of `torch.nn.functional.conv2d`, none for a fully connected layer. A layer
+    without a stride is no convolution: {"groups": 2} is a fully connected one of two columns that
+    read their own units, {"local": padding, "groups": columns} a locally connected one. `then` are
+    the operations that follow, each with its arguments: ["relu"], ["tanh"], ["norm", columns], or
+    ["norm", columns, size, alpha, beta, k] with other constants than the paper's, ["multiply",
+    factor], ["spatial_norm"], ["lcn", columns], ["scale", layer], ["pool", side, stride] and
     ["mean_pool", side, stride]. Dropout is not among them: it is in the weights.
     """
     pool = [*design.pool_window]
-    arguments = {"norm": [design.columns], "lcn": [design.columns], "pool": pool, "mean_pool": pool}
+    constants = [design.lrn_size, design.lrn_alpha, design.lrn_beta, design.lrn_k]
+    plain = [Design.lrn_size, Design.lrn_alpha, Design.lrn_beta, Design.lrn_k]
+    norm = [1 if design.lrn_across else design.columns, *(constants if constants != plain else ())]
+    names = {"batch_norm": "scale", "scale": "multiply"}
     found: list[list[object]] = []
     for layer in design.layers():
+        arguments: dict[str, list[Any]] = {
+            "norm": norm, "lcn": [design.columns], "pool": pool, "mean_pool": pool,
+            "batch_norm": [layer.name], "scale": [design.lrn_k**-design.lrn_beta],
+        }  # fmt: skip
         then = [
-            ["scale", layer.name] if word == "batch_norm" else [word, *arguments.get(word, [])]
+            [names.get(word, word), *arguments.get(word, [])]
             for word in layer.then
             if word != "dropout"
         ]
         groups = design.columns if layer.reads == "own" else 1
         how = {"stride": layer.stride, "padding": layer.pad, "groups": groups}
-        found.append([layer.name, how if layer.kernel else {}, then])
+        if layer.is_local:
+            how = {"local": layer.pad, "groups": groups}
+        elif not layer.kernel:
+            how = {"groups": groups} if groups > 1 else {}
+        found.append([layer.name, how, then])
     return found
 
 

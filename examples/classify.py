@@ -32,9 +32,14 @@ follow = {
     "relu": torch.relu,
     "tanh": torch.tanh,
     "pool": lambda x, side, stride: F.max_pool2d(x, side, stride, ceil_mode=True),
-    "norm": lambda x, n: F.local_response_norm(  # each of n columns has its own maps
-        x.unflatten(1, (n, -1)).flatten(0, 1), 5, 1e-4, 0.75, 2.0
+    "norm": lambda x, n, size=5, alpha=1e-4, beta=0.75, k=2.0: F.local_response_norm(
+        x.unflatten(1, (n, -1)).flatten(0, 1),
+        size,
+        alpha,
+        beta,
+        k,  # each of n columns by itself
     ).view_as(x),
+    "multiply": lambda x, factor: x * factor,
     "mean_pool": lambda x, side, stride: F.avg_pool2d(x, side, stride, ceil_mode=True),
     "lcn": contrast,
     "scale": lambda x, name: (
@@ -52,7 +57,17 @@ first, size = about["first"]
 x = follow[first](x, size)
 for name, how, then in about["layers"]:
     weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
-    x = F.conv2d(x, weight, bias, **how) if how else F.linear(x.flatten(1), weight, bias)
+    if "stride" in how:
+        x = F.conv2d(x, weight, bias, **how)
+    elif "local" in how:  # filters of their own at each pixel
+        x = F.unfold(x, weight.shape[2], padding=how["local"])
+        x = x.view(how["groups"], -1, *weight.shape[4:])
+        filters = weight.flatten(1, 3).unflatten(0, (how["groups"], -1))
+        x = torch.einsum("gihw,goihw->gohw", x, filters).flatten(0, 1)[None] + bias
+    else:
+        groups = how.get("groups", 1)
+        own = weight.unflatten(0, (groups, -1))
+        x = (own @ x.view(groups, -1, 1)).view(1, -1) + bias
     for operation, *arguments in then:
         x = follow[operation](x, *arguments)
 for probability, index in zip(*x[0].softmax(0).topk(min(5, len(about["classes"]))), strict=True):

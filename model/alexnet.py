@@ -12,9 +12,18 @@ from torch import Tensor, nn
 
 from model.architecture import COLUMN_NAMES, Design, Stage, build_stages
 from model.exchange import Exchange
-from model.layers import Dropout, ImageConv, ShrunkConv, derive_seed, group_operations
+from model.layers import (
+    ColumnLinear,
+    Dropout,
+    ImageConv,
+    LocalConv,
+    ShrunkConv,
+    derive_seed,
+    group_operations,
+)
 from model.norm import (
     BatchNorm,
+    Response,
     local_contrast_norm,
     local_response_norm,
     norm_pool,
@@ -75,6 +84,9 @@ class AlexNet(nn.Module):
         self.stages = build_stages(classes, self.design)
         self.exchange = exchange
         self._check_columns()
+        one = self.design
+        self._response = Response(one.lrn_size, one.lrn_k, one.lrn_alpha, one.lrn_beta)
+        self._norm_columns = 1 if one.lrn_across else len(self.columns)
         self._position: Tensor
         self.register_buffer("_position", torch.zeros((), dtype=torch.int64), persistent=False)
         self._has_position = False
@@ -99,6 +111,11 @@ class AlexNet(nn.Module):
             )
         if len(self.columns) == 1 and self.exchange is None:
             raise ValueError(f"column {self.columns[0]} alone needs an exchange with the other one")
+        if self.exchange is not None and not self.design.is_cut_by_columns:
+            raise ValueError(
+                "lrn_across is True, whose windows read both columns; one column alone cannot "
+                "compute them"
+            )
         if self.exchange is not None and (self.exchange.index,) != self.columns:
             raise ValueError(
                 f"columns is {self.columns}, but this process is {self.exchange.index} in its pair"
@@ -112,6 +129,10 @@ class AlexNet(nn.Module):
         module: Any  # torch annotates no memory_format of Module.to
         if not layer.kernel:
             module = build(nn.Linear, inputs, maps)
+            if layer.reads == "own" and columns == 2:
+                module = build(ColumnLinear, inputs, maps)
+        elif layer.is_local:
+            module = build(LocalConv, inputs, maps, layer.kernel, stage.input_size, columns)
         elif layer.reads == "picture" and layer.pad:
             module = build(ShrunkConv, inputs, maps, layer.kernel, layer.pad, layer.shrink)
         elif layer.reads == "picture":
@@ -212,10 +233,14 @@ class AlexNet(nn.Module):
         columns, relu = len(self.columns), "relu" in operations
         window, stride = self.design.pool_window
         if "pool" in operations:
-            return norm_pool(x, columns, relu, "norm" in operations, window, stride)
+            norm = "norm" in operations
+            columns = self._norm_columns
+            return norm_pool(x, columns, relu, norm, window, stride, self._response)
         if "norm" in operations:
-            return local_response_norm(x, columns, relu)
+            return local_response_norm(x, self._norm_columns, relu, self._response)
         match operations[0]:
+            case "scale":
+                return x * self._response.k**-self._response.beta
             case "spatial_norm":
                 return spatial_response_norm(x)
             case "lcn":

@@ -112,6 +112,73 @@ class ShrunkConv(nn.Conv2d):
         return super().forward(small.contiguous(memory_format=torch.channels_last))
 
 
+class ColumnLinear(nn.Linear):
+    """A fully connected layer of two columns, each of which reads its own units only.
+
+    Args:
+        inputs: units that a column reads.
+        units: output units of both columns; `weight` is [units, inputs], column a's first.
+    """
+
+    def __init__(self, inputs: int, units: int, device: torch.device | str | None = None) -> None:
+        super().__init__(inputs, units, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, 2 * inputs] -> [b, units]."""
+        parts = zip(x.chunk(2, dim=1), self.weight.chunk(2), self.bias.chunk(2), strict=True)
+        return torch.cat([F.linear(*part) for part in parts], dim=1)
+
+
+class LocalConv(nn.Module):
+    """A locally connected layer: a convolution with filters of their own at each pixel.
+
+    The original's layer `local`; its biases, too, are of each pixel. `weight` is [maps, inputs,
+    kernel, kernel, side, side], `bias` [maps, side, side]; maps of a column read those of their
+    column. A matrix product for each pixel: its filters times its neighborhood, of all images.
+
+    Args:
+        inputs: maps that a column reads.
+        maps: output maps of all columns.
+        kernel: side of the filters in pixels, odd; zeros around keep the size of the maps.
+        side: side of the maps in pixels.
+        columns: number of columns.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        maps: int,
+        kernel: int,
+        side: int,
+        columns: int = 1,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        shape = maps, inputs, kernel, kernel, side, side
+        self.weight = nn.Parameter(torch.empty(shape, device=device))
+        self.bias = nn.Parameter(torch.empty((maps, side, side), device=device))
+        self.kernel, self.columns = kernel, columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, columns * inputs, side, side] -> [b, maps, side, side], channels last."""
+        weights, biases = (value.chunk(self.columns) for value in (self.weight, self.bias))
+        parts = zip(x.chunk(self.columns, dim=1), weights, biases, strict=True)
+        y = torch.cat([self._connect(*part) for part in parts], dim=3)
+        return y.permute(2, 3, 0, 1).contiguous(memory_format=torch.channels_last)
+
+    def _connect(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Connect one column: [b, inputs, side, side] -> [side, side, b, maps]."""
+        side, pad = x.shape[2], self.kernel // 2
+        dtype = _find_compute_dtype(x, weight)
+        around = F.pad(x.to(dtype), (pad, pad, pad, pad)).permute(2, 3, 0, 1)
+        around = around.unfold(0, self.kernel, 1).unfold(1, self.kernel, 1)
+        around = around.reshape(side * side, len(x), -1)  # [pixels, b, inputs * kernel * kernel]
+        filters = weight.to(dtype).flatten(4).flatten(1, 3).permute(2, 1, 0)
+        offsets = bias.to(dtype).flatten(1).t()[:, None]
+        y = torch.baddbmm(offsets, around, filters)
+        return y.view(side, side, len(x), -1)
+
+
 def _find_compute_dtype(images: Tensor, weight: Tensor) -> torch.dtype:
     """Autocast's dtype or else that of the weights: what images are cast to, in the first pass."""
     device = images.device.type

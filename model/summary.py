@@ -182,7 +182,8 @@ def _make_row(stage: Stage, column: str, field: int, has_logits: bool) -> Column
     def shape(maps: int, side: int) -> tuple[int, ...]:
         return (maps, side, side) if layer.kernel else (maps,)
 
-    weights = stage.inputs * stage.outputs * max(1, layer.kernel) ** 2
+    places = stage.output_size**2 if layer.is_local else 1
+    weights = stage.inputs * stage.outputs * max(1, layer.kernel) ** 2 * places
     scales = stage.outputs if "batch_norm" in layer.then else 0
     input_shape = shape(stage.inputs, stage.input_size)
     sent = math.prod(input_shape) // 2 if layer.reads == "both" else 0
@@ -200,8 +201,8 @@ def _make_row(stage: Stage, column: str, field: int, has_logits: bool) -> Column
         shrink=layer.shrink,
         then=layer.then,
         weights=weights + scales,
-        biases=stage.outputs + scales,
-        multiply_adds=weights * stage.output_size**2,
+        biases=stage.outputs * places + scales,
+        multiply_adds=weights * stage.output_size**2 // places,
         receptive_field=field,
         crosses_forward=sent + (stage.outputs if has_logits else 0),
         crosses_backward=sent,

@@ -36,8 +36,10 @@ class TrainOptions(Options):
 
     SECTIONS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "network": (
-            "width", "columns", "net", "image_size", "without", "conv6", "norm", "relu_first",
-            "spatial_norm", "pool", "activation", "dropout", "init",
+            "width", "columns", "net", "image_size", "without", "conv6", "bottleneck",
+            "communication", "norm", "norm_layers", "lrn_k", "lrn_size", "lrn_alpha", "lrn_beta",
+            "lrn_across", "relu_first", "spatial_norm", "pool", "activation", "dropout",
+            "middle_std", "init",
         ),
         "schedule": (
             "epochs", "steps", "batch_size", "microbatch", "exact", "schedule", "rate_scaling",

@@ -158,7 +158,8 @@ def choose_size(config: Config, nodes: Sequence[Node], gpu: bool) -> int:
     columns = config.columns_per_worker
     if columns == "auto":
         has_pair = any(node.gpus + node.busy_gpus >= 2 for node in nodes)
-        columns = 2 if gpu and not has_pair else 1
+        is_whole = not config.design.is_cut_by_columns
+        columns = 2 if is_whole or (gpu and not has_pair) else 1
     return 1 if columns == 2 or config.design.columns == 1 else 2
 
 

@@ -266,7 +266,7 @@ def describe_gpu(job: WorkerJob, member: Membership, steps: int) -> WorkerGpu | 
         images=config.microbatch_size(placement.replicas),
         memory=estimate_memory(config, None, placement.size),
         steps=steps,
-        is_fixed=config.exact or config.design.norm == "batch",
+        is_fixed=config.exact or config.design.has_batch_norm,
     )
 
 

@@ -177,9 +177,10 @@ def find_conflicts(old: Config, new: Config, samples: int) -> list[str]:
         if before[name] != after[name] and name not in free
     ]
     sizes = old.microbatch_size(1), new.microbatch_size(1)
-    if old.design.norm == new.design.norm == "batch" and sizes[0] != sizes[1]:
-        together = f"images that are normalised together: {sizes[0]} -> {sizes[1]}"
-        found.append(f"{together} (--microbatch, --replicas)")
+    together = old.design.has_batch_norm and new.design.has_batch_norm
+    if together and sizes[0] != sizes[1]:
+        images = f"images that are normalised together: {sizes[0]} -> {sizes[1]}"
+        found.append(f"{images} (--microbatch, --replicas)")
     if old.exact and new.exact and sizes[0] != sizes[1]:
         found.append(f"images summed together: {sizes[0]} -> {sizes[1]} (--microbatch, exact)")
     lengths = old.total_steps(samples), new.total_steps(samples)

@@ -10,6 +10,7 @@ response      the functions that the network calls: each picks the fastest form 
 
 from model.norm.alternatives import BatchNorm, local_contrast_norm
 from model.norm.native import pad_images
+from model.norm.reference import Response
 from model.norm.response import (
     describe_backend,
     local_response_norm,
@@ -19,6 +20,7 @@ from model.norm.response import (
 
 __all__ = [
     "BatchNorm",
+    "Response",
     "describe_backend",
     "local_contrast_norm",
     "local_response_norm",

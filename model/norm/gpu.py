@@ -9,13 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.norm.reference import (
-    LRN_ALPHA,
-    LRN_K,
-    LRN_SIZE,
-    count_windows,
-    is_channels_last,
-)
+from model.norm.reference import PAPER, Response, count_windows, is_channels_last
 
 LANES = 128
 """Lanes of a program, one to each thread of four warps."""
@@ -29,7 +23,9 @@ MOST_WINDOW = 4
 """Largest pooling window: what a lane holds grows with its square."""
 
 
-def normalize(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> Tensor:
+def normalize(
+    x: Tensor, gradient: Tensor | None, columns: int, relu: bool, response: Response = PAPER
+) -> Tensor:
     """Response-normalize x; with `gradient`, return the gradient of x instead.
 
     Args:
@@ -37,6 +33,7 @@ def normalize(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> T
         gradient: gradient of the output, in the shape, dtype and memory format of x; or None.
         columns: number of columns whose maps x holds.
         relu: whether max(x, 0) is normalized instead of x.
+        response: constants; `Response.has_kernels` must hold. A kernel is compiled for them.
     """
     from model import gpu_kernels
 
@@ -44,7 +41,12 @@ def normalize(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> T
     maps = x.shape[1] // columns
     count = _count_lane_maps(x, columns)
     step = 1 if is_channels_last(x) else x.shape[2] * x.shape[3]
-    settings: dict[str, Any] = {"relu": relu, "MAPS": maps, "STEP": step}
+    settings: dict[str, Any] = {
+        "relu": relu,
+        "MAPS": maps,
+        "STEP": step,
+        **_list_constants(response),
+    }
     if gradient is None:
         _launch(gpu_kernels.norm_forward, (x, y), x.numel() // count, count, **settings)
     else:
@@ -62,8 +64,6 @@ def _launch(
         kernel[(-(-lanes // LANES),)](
             *tensors,
             lanes,
-            k=LRN_K,
-            alpha=LRN_ALPHA / LRN_SIZE,
             **settings,
             COUNT=count,
             BLOCK=LANES,
@@ -72,8 +72,20 @@ def _launch(
         )
 
 
+def _list_constants(response: Response) -> dict[str, float]:
+    """Constants of the normalization as the kernels call them."""
+    return {"k": response.k, "alpha": response.scale}
+
+
 def pool(
-    x: Tensor, columns: int, relu: bool, norm: bool, window: int, stride: int, keep: bool
+    x: Tensor,
+    columns: int,
+    relu: bool,
+    norm: bool,
+    window: int,
+    stride: int,
+    keep: bool,
+    response: Response = PAPER,
 ) -> tuple[Tensor, Tensor]:
     """Max-pool x, channels last.
 
@@ -85,6 +97,7 @@ def pool(
         window: at most MOST_WINDOW, h and w.
         stride: at most `window`.
         keep: whether `pool_gradient` follows.
+        response: as in `normalize`.
 
     Returns:
         [b, columns * maps, pooled height, pooled width] in x's dtype, channels last; and for
@@ -102,7 +115,7 @@ def pool(
     settings = _describe_pool(x, columns, relu, norm, window, stride)
     count = _count_lane_maps(x, columns)
     lanes = images * -(-pooled[0] // ROWS) * pooled[1] * maps // count
-    settings |= {"keep": keep, "ROWS": ROWS}
+    settings |= {"keep": keep, "ROWS": ROWS, **_list_constants(response)}
     _launch(gpu_kernels.pool_forward, (x, y, origin), lanes, count, **settings)
     return y.permute(0, 3, 1, 2), origin
 
@@ -117,6 +130,7 @@ def pool_gradient(
     norm: bool,
     window: int,
     stride: int,
+    response: Response = PAPER,
 ) -> Tensor:
     """Gradient of x, channels last.
 
@@ -134,6 +148,7 @@ def pool_gradient(
     count = _count_lane_maps(dx, columns)
     squares = images * math.prod(-(-side // stride) for side in sides)
     settings = _describe_pool(dx, columns, relu, norm, window, stride)
+    settings |= _list_constants(response)
     tensors = (dx if x is None else x, gradient, origin, dx)
     _launch(gpu_kernels.pool_backward, tensors, squares * maps // count, count, **settings)
     return dx

@@ -29,11 +29,10 @@ import torch
 from torch import Tensor
 
 from model.norm.reference import (
-    LRN_ALPHA,
-    LRN_K,
-    LRN_SIZE,
+    PAPER,
     SPATIAL_SCALE,
     SPATIAL_SIZE,
+    Response,
     count_windows,
     is_channels_last,
 )
@@ -74,7 +73,9 @@ def describe() -> str:
     return _load_kernels()[1]
 
 
-def normalize(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> Tensor:
+def normalize(
+    x: Tensor, gradient: Tensor | None, columns: int, relu: bool, response: Response = PAPER
+) -> Tensor:
     """Response-normalize x; with `gradient`, return the gradient of x instead.
 
     Args:
@@ -82,12 +83,13 @@ def normalize(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> T
         gradient: gradient of the output, in the shape, dtype and memory format of x; or None.
         columns: number of columns whose maps x holds.
         relu: whether max(x, 0) is normalized instead of x.
+        response: constants; `Response.has_kernels` must hold.
     """
     y = torch.empty_like(x)
     images, maps, height, width = x.shape
     map_step, pixel_step = (1, maps) if is_channels_last(x) else (height * width, 1)
     sizes = (images, height * width, columns, maps // columns, map_step, pixel_step)
-    _call("norm", x, gradient, y, *sizes, LRN_K, LRN_ALPHA / LRN_SIZE, relu)
+    _call("norm", x, gradient, y, *sizes, response.k, response.scale, relu)
     return y
 
 
@@ -99,6 +101,7 @@ def pool(
     norm: bool,
     window: int,
     stride: int,
+    response: Response = PAPER,
 ) -> Tensor:
     """Max-pool x; with `gradient`, return the gradient of x instead.
 
@@ -111,6 +114,7 @@ def pool(
         norm: whether x is normalized before the pooling.
         window: at most MOST_WINDOW, h and w.
         stride: at most `window`.
+        response: as in `normalize`.
     """
     images, maps, *sides = x.shape
     y = torch.empty_like(x)
@@ -118,7 +122,7 @@ def pool(
         pooled = [count_windows(side, window, stride) for side in sides]
         y = x.new_empty((images, *pooled, maps)).permute(0, 3, 1, 2)
     sizes = (images, *sides, columns, maps // columns, window, stride)
-    _call("pool", x, gradient, y, *sizes, LRN_K, LRN_ALPHA / LRN_SIZE, relu, norm)
+    _call("pool", x, gradient, y, *sizes, response.k, response.scale, relu, norm)
     return y
 
 

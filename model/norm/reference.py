@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LRN_SIZE = 5
-LRN_ALPHA = 1e-4
-LRN_BETA = 0.75
-LRN_K = 2.0
+
+@dataclass(frozen=True)
+class Response:
+    """Constants of the local response normalization; the defaults are the paper's (section 3.3)."""
+
+    size: int = 5
+    """n: maps in the window, an odd number."""
+    k: float = 2.0
+    alpha: float = 1e-4
+    """Divided by `size`, as in the original source (layer.py)."""
+    beta: float = 0.75
+
+    @property
+    def scale(self) -> float:
+        """Factor on the sum of the squares in a window."""
+        return self.alpha / self.size
+
+    @property
+    def has_kernels(self) -> bool:
+        """True if compiled kernels take the constants: any k and alpha, the paper's n and beta."""
+        return (self.size, self.beta) == (5, 0.75)
+
+
+PAPER = Response()
+LRN_SIZE, LRN_K, LRN_ALPHA, LRN_BETA = PAPER.size, PAPER.k, PAPER.alpha, PAPER.beta
 
 # cnorm2 of the original (layer-params-145.cfg): scale and pow; k is 1, minDiv came later.
 SPATIAL_SIZE = 5
@@ -28,18 +51,20 @@ def count_windows(side: int, window: int, stride: int) -> int:
     return -(-(side - window) // stride) + 1
 
 
-def normalize(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> Tensor:
+def normalize(
+    x: Tensor, gradient: Tensor | None, columns: int, relu: bool, response: Response = PAPER
+) -> Tensor:
     """Arguments and result as in `model.norm.native.normalize`, on any device, in any float dtype.
 
     With s = k + alpha/size * sum, s^-.75 is two square roots and the sum a product with a band
-    matrix: no power, no transposition. The backward pass computes s again: that is faster than
-    storing it.
+    matrix: no power (unless beta is another), no transposition. The backward pass computes s again:
+    that is faster than storing it.
     """
     result = torch.empty_like(x)
     maps, is_last = x.shape[1] // columns, is_channels_last(x)
     index = torch.arange(maps, device=x.device)
-    near = (index[:, None] - index).abs() <= LRN_SIZE // 2
-    band = near.to(compute_dtype(x)) * (LRN_ALPHA / LRN_SIZE)
+    near = (index[:, None] - index).abs() <= response.size // 2
+    band = near.to(compute_dtype(x)) * response.scale
 
     def sum_window(part: Tensor) -> Tensor:
         """Each number's sum over its window, alpha/size times."""
@@ -51,15 +76,21 @@ def normalize(x: Tensor, gradient: Tensor | None, columns: int, relu: bool) -> T
         for part, dy, out in zip(*parts, strict=True):
             wide = part.to(band.dtype)
             wide = wide.relu() if relu else wide
-            root = sum_window(wide * wide).add_(LRN_K).rsqrt_()  # s^-.5
+            root = sum_window(wide * wide).add_(response.k).rsqrt_()  # s^-.5
+            power = _raise_root(root, response.beta)
             if gradient is None:
-                out.copy_(root.sqrt().mul_(root).mul_(wide))
+                out.copy_(power.mul_(wide))
                 continue
-            direct = root.sqrt().mul_(root).mul_(dy)
+            direct = power.mul_(dy)
             others = sum_window((direct * wide).mul_(root).mul_(root))
-            dx = direct.addcmul_(others, wide, value=-2 * LRN_BETA)
+            dx = direct.addcmul_(others, wide, value=-2 * response.beta)
             out.copy_(dx.masked_fill_(part <= 0, 0) if relu else dx)
     return result
+
+
+def _raise_root(root: Tensor, beta: float) -> Tensor:
+    """s^-beta of s^-.5, in new memory."""
+    return root.sqrt().mul_(root) if beta == LRN_BETA else root.pow(2 * beta)
 
 
 def _split(x: Tensor, maps: int) -> tuple[Tensor, ...]:
@@ -78,18 +109,20 @@ def _split(x: Tensor, maps: int) -> tuple[Tensor, ...]:
     return view.split(max(1, chunk // max(1, view[0].numel() if len(view) else 1)))
 
 
-def traceable_norm(x: Tensor, columns: int, relu: bool) -> Tensor:
+def traceable_norm(x: Tensor, columns: int, relu: bool, response: Response = PAPER) -> Tensor:
     """`local_response_norm` as one expression, from which `torch.compile` makes a kernel."""
     with torch.autocast(x.device.type, enabled=False):
         wide = x.to(compute_dtype(x)).unflatten(1, (columns, -1))
         if relu:
             wide = wide.relu()
-        maps, edge = wide.shape[2], LRN_SIZE // 2
+        maps, edge = wide.shape[2], response.size // 2
         squares = F.pad(wide * wide, (0, 0, 0, 0, edge, edge))
         total = squares[:, :, :maps]
-        for i in range(1, LRN_SIZE):
+        for i in range(1, response.size):
             total = total + squares[:, :, i : i + maps]
-        root = (LRN_K + LRN_ALPHA / LRN_SIZE * total).rsqrt()
+        root = (response.k + response.scale * total).rsqrt()
+        if response.beta != LRN_BETA:
+            return (wide * root ** (2 * response.beta)).flatten(1, 2).to(x.dtype)
         return (wide * root * root.sqrt()).flatten(1, 2).to(x.dtype)
 
 

@@ -18,6 +18,8 @@ from torch.autograd.function import once_differentiable
 from model.gpu_support import explain_no_kernels, prepare_gpu_kernels
 from model.norm import gpu, native, reference
 from model.norm.reference import (
+    PAPER,
+    Response,
     check_shape,
     is_channels_last,
     match_layout,
@@ -25,7 +27,9 @@ from model.norm.reference import (
 )
 
 
-def local_response_norm(x: Tensor, columns: int = 1, relu: bool = False) -> Tensor:
+def local_response_norm(
+    x: Tensor, columns: int = 1, relu: bool = False, response: Response = PAPER
+) -> Tensor:
     """Local response normalization across the maps of a column (paper section 3.3).
 
         y_i = x_i / (k + alpha/size * sum of x_j^2 over the 5 maps j = i-2 .. i+2)^0.75
@@ -42,6 +46,8 @@ def local_response_norm(x: Tensor, columns: int = 1, relu: bool = False) -> Tens
         x: float [b, columns * maps, h, w], any strides.
         columns: number of columns whose maps x holds, one column after the other.
         relu: normalize max(x, 0) instead of x, in the same pass; the gradient is 0 where x <= 0.
+        response: other constants than the paper's. The compiled kernels take any k and alpha;
+            another size or beta takes torch's operations (twice the time on a CPU core).
 
     Returns:
         As x, in its dtype and memory format.
@@ -51,13 +57,13 @@ def local_response_norm(x: Tensor, columns: int = 1, relu: bool = False) -> Tens
     """
     check_shape(x, columns)
     if torch.compiler.is_compiling():
-        return reference.traceable_norm(x, columns, relu)
+        return reference.traceable_norm(x, columns, relu, response)
     kernel = reference.normalize
-    if native.prepare_kernels(x):
+    if response.has_kernels and native.prepare_kernels(x):
         kernel = native.normalize
-    elif prepare_gpu_kernels(x):
+    elif response.has_kernels and prepare_gpu_kernels(x):
         kernel = gpu.normalize
-    return NormKernel.apply(x, kernel, columns, relu)
+    return NormKernel.apply(x, kernel, columns, relu, response)
 
 
 def norm_pool(
@@ -67,6 +73,7 @@ def norm_pool(
     norm: bool = True,
     window: int = 3,
     stride: int = 2,
+    response: Response = PAPER,
 ) -> Tensor:
     """Max pooling of `local_response_norm(x, columns, relu)`, where possible without storing that.
 
@@ -84,6 +91,7 @@ def norm_pool(
         norm: False leaves out the normalization: pooling alone, of relu(x) if `relu`.
         window: side of the windows in pixels, at most h and w.
         stride: pixels between windows, at most `window`.
+        response: as in `local_response_norm`.
 
     Returns:
         [b, columns * maps, ceil((h - window) / stride) + 1, the same of w], in x's dtype and memory
@@ -98,13 +106,14 @@ def norm_pool(
             f"window {window} with stride {stride} on maps of {x.shape[2]}x{x.shape[3]}: the "
             f"stride is at most the window, the window at most the maps"
         )
-    if is_channels_last(x) and not torch.compiler.is_compiling():
+    has_kernels = response.has_kernels or not norm
+    if has_kernels and is_channels_last(x) and not torch.compiler.is_compiling():
         if window <= native.MOST_WINDOW and native.prepare_kernels(x):
-            return NormKernel.apply(x, native.pool, columns, relu, norm, window, stride)
+            return NormKernel.apply(x, native.pool, columns, relu, norm, window, stride, response)
         if window <= gpu.MOST_WINDOW and prepare_gpu_kernels(x):
-            return PoolKernel.apply(x, columns, relu, norm, window, stride)
+            return PoolKernel.apply(x, columns, relu, norm, window, stride, response)
     if norm:
-        x = local_response_norm(x, columns, relu)
+        x = local_response_norm(x, columns, relu, response)
     elif relu:
         x = F.relu(x)
     return F.max_pool2d(x, window, stride, ceil_mode=True)
@@ -170,13 +179,20 @@ class PoolKernel(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, columns: int, relu: bool, norm: bool, window: int, stride: int
+        ctx: Any,
+        x: Tensor,
+        columns: int,
+        relu: bool,
+        norm: bool,
+        window: int,
+        stride: int,
+        response: Response = PAPER,
     ) -> Tensor:
         """Compute `gpu.pool`; x is channels last."""
         keep = ctx.needs_input_grad[0]
-        y, origin = gpu.pool(x, columns, relu, norm, window, stride, keep)
+        y, origin = gpu.pool(x, columns, relu, norm, window, stride, keep, response)
         ctx.save_for_backward(x if norm else None, origin)
-        ctx.sides, ctx.settings = x.shape[2:], (columns, relu, norm, window, stride)
+        ctx.sides, ctx.settings = x.shape[2:], (columns, relu, norm, window, stride, response)
         return y
 
     @staticmethod

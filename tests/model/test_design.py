@@ -177,6 +177,32 @@ def test_each_design_is_its_network_written_out(case: str) -> None:
         (Design(without="conv3"), 60_965_224 - 2 * (192 * 256 * 9 + 192) + 2 * 192 * 64 * 9),
         (Design(without="conv4"), 60_965_224 - 2 * (192 * 192 * 9 + 192)),
         (Design(without="conv5"), 60_965_224 - 2 * 192 * (192 * 9 + 1)),
+        (Design(norm_layers=("conv4=batch",)), 60_965_224 + 2 * 2 * 192),
+        # layers-146-2011.cfg without its sixth convolution: 2x1024 units between fc7 and fc8.
+        (Design(bottleneck=1024), 60_965_224 + 2 * 1024 * 4097 - 1000 * 4096 + 1000 * 2048),
+        (
+            Design(communication=False),
+            2
+            * (
+                17_472
+                + 160 * 1201
+                + 192 * (160 * 9 + 1)
+                + 331_968
+                + 221_312
+                + 4096 * 4609
+                + 2048 * 4097
+            )
+            + 4_097_000,
+        ),  # layers-150.cfg
+        # layers-cifar10-11pct.cfg and layers-conv-local-13pct.cfg of 28x28
+        (
+            Design(net="local11", columns=1),
+            4864 + 102_464 + 49 * 64 * 577 + 49 * 32 * 577 + 1000 * (32 * 49 + 1),
+        ),
+        (
+            Design(net="local13", columns=1),
+            4864 + 102_464 + 49 * 32 * 577 + 49 * 32 * 289 + 1000 * (32 * 49 + 1),
+        ),
     ],
     ids=str,
 )
@@ -184,8 +210,10 @@ def test_parameters_of_each_design(design: Design, parameters: int) -> None:
     assert sum_rows(build_table(design=design)).parameters == parameters
     with torch.device("meta"):
         sizes = [
-            stage.inputs * stage.outputs * max(1, stage.layer.kernel) ** 2
-            + stage.outputs * (3 if "batch_norm" in stage.layer.then else 1)
+            (stage.inputs * max(1, stage.layer.kernel) ** 2 + 1)
+            * stage.outputs
+            * (stage.output_size**2 if stage.layer.is_local else 1)
+            + stage.outputs * (2 if "batch_norm" in stage.layer.then else 0)
             for stage in build_stages(1000, design)
         ]
     assert design.columns * sum(sizes) == parameters
@@ -204,8 +232,11 @@ def test_one_column_has_its_own_checkpoint_keys_and_no_exchange() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"norm": "group"}, "norm is 'group'; it takes 'lrn', 'spatial', 'lcn', 'batch', 'none'"),
-        ({"net": "five"}, "net is 'five'; it takes 'paper', 'four'"),
+        (
+            {"norm": "group"},
+            "norm is 'group'; it takes 'lrn', 'scale', 'spatial', 'lcn', 'batch', 'none'",
+        ),
+        ({"net": "five"}, "net is 'five'; it takes 'paper', 'four', 'local11', 'local13'"),
         ({"net": "four", "conv6": True}, "conv6 is True; with net = 'four' it stays False"),
         ({"net": "four", "without": "conv3"}, "without is 'conv3'; with net = 'four'"),
         ({"net": "four", "relu_first": False}, "relu_first is False; with net = 'four'"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.norm import local_response_norm, reference
+from model.norm import Response, local_response_norm, native, norm_pool, reference
 from tests.helpers.lrn import (
     LAYOUTS,
     by_hand,
@@ -136,3 +136,58 @@ def test_the_form_for_compilers_is_the_same(form: str) -> None:
         y, expected = reference.traceable_norm(x, 2, True), by_hand(x.relu(), 2)
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
         assert reference.traceable_norm(x.bfloat16(), 2, True).dtype == torch.bfloat16
+
+
+CONSTANTS = {
+    "k and alpha": Response(k=1.0, alpha=5e-4),
+    "cuda-convnet2's for CIFAR-10": Response(9, 1.0, 1e-3),
+    "beta": Response(k=0.5, beta=0.5),
+    "one map": Response(1, 1.0, 0.1, 1.0),
+    "more maps than there are": Response(31, 3.0, 0.1),
+}
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("response", CONSTANTS.values(), ids=CONSTANTS)
+def test_with_other_constants_it_and_its_gradient_equal_torchs(
+    response: Response, layout: torch.memory_format, relu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def theirs(x: torch.Tensor) -> torch.Tensor:
+        x = (x.relu() if relu else x).unflatten(1, (2, -1)).flatten(0, 1)
+        size, k, alpha, beta = response.size, response.k, response.alpha, response.beta
+        return F.local_response_norm(x, size, alpha, beta, k).unflatten(0, (-1, 2)).flatten(1, 2)
+
+    def pool(x: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(theirs(x), 3, 2, ceil_mode=True)
+
+    x = maps(3, 26, 6, 5).contiguous(memory_format=layout)
+    for norm, formula in (
+        (lambda x: local_response_norm(x, 2, relu, response), theirs),
+        (lambda x: norm_pool(x, 2, relu, response=response), pool),
+    ):
+        own, copy = (x.clone().requires_grad_() for _ in range(2))
+        y, expected = norm(own), formula(copy)
+        torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
+        above = maps(*y.shape, seed=2)
+        y.backward(above)
+        expected.backward(above)
+        torch.testing.assert_close(own.grad, copy.grad, rtol=1e-11, atol=1e-11)
+    traced = reference.traceable_norm(x, 2, relu, response)
+    torch.testing.assert_close(traced, theirs(x), rtol=1e-12, atol=1e-12)
+
+
+def test_the_kernels_take_any_k_and_alpha_but_no_other_window_or_exponent(
+    form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    for name in ("normalize", "pool"):
+        kernel = getattr(native, name)
+        monkeypatch.setattr(
+            native, name, lambda *a, name=name, kernel=kernel: called.append(name) or kernel(*a)
+        )
+    x = maps(1, 6, 4, 4).contiguous(memory_format=torch.channels_last)
+    for response in CONSTANTS.values():
+        local_response_norm(x, response=response)
+        norm_pool(x, response=response)
+    assert called == (["normalize", "pool"] if form == "native" else [])

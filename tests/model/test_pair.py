@@ -57,6 +57,13 @@ CASES |= {
         "float64, contrast norm, conv6": Design(width=WIDTH, norm="lcn", conv6=True),
         "float64, spatial norm, no dropout": Design(width=WIDTH, norm="spatial", dropout=False),
         "float64, four layers": Design(width=1 / 2, net="four"),
+        "float64, locally connected": Design(
+            width=1 / 4, net="local11", norm_layers=("conv2=scale",), lrn_size=9, lrn_k=1.0
+        ),
+        "float64, no communication": Design(
+            width=WIDTH, communication=False, norm_layers=("conv4=batch",)
+        ),
+        "float64, bottleneck": Design(width=WIDTH, bottleneck=24, lrn_beta=0.5, norm="lrn"),
     }.items()
 }
 EXACT = [name for name in CASES if name != "bfloat16 autocast"]

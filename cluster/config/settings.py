@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import tyro
 
+from cluster.config.aliases import MEANT
 from model.architecture import Design, fit_design
 from model.schedule import list_color_steps, parse_changes, parse_layer_rates, suggest_name
 from pipeline.dataset.record import ADDRESS_KEY, SHA256_KEY, require_run
@@ -28,7 +29,7 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 Schedule = Literal["dexp", "plateau", "manual"]
 Scaling = Literal["none", "linear", "sqrt"]
 
-PRESETS = Path(__file__).resolve().parent / "configs"
+PRESETS = Path(__file__).resolve().parents[1] / "configs"
 """Folder of the presets; studies/ in it has those of `cluster.experiments.study`."""
 LENGTH = ("steps", "epochs")
 REPLICAS = re.compile(r"[0-9]{1,6}(:[0-9]{1,6})?")
@@ -43,31 +44,6 @@ NOT_NEGATIVE = (
     "steps", "weight_decay", "colour", "validate_every", "max_failures", "patience", "node_wait",
     "plateau_drops", "plateau_threshold", "statistics_every", "microbatch", "keep_best", "spares",
 )  # fmt: skip
-ALIASES = {
-    "lr": ("learning_rate", "base_lr", "init_lr", "initial_lr", "rate"),
-    "epochs": ("epoch", "num_epochs", "n_epochs", "max_epochs", "nb_epochs"),
-    "steps": ("step", "max_steps", "num_steps", "total_steps", "iters", "iterations", "max_iter"),
-    "weight_decay": ("wd", "decay", "l2", "weightdecay"),
-    "batch_size": ("bs", "batch", "batchsize", "global_batch_size"),
-    "threads": ("workers", "num_workers", "loader_workers", "decode_threads", "j"),
-    "replicas": ("gpus", "num_gpus", "ngpus", "world_size", "nproc", "nproc_per_node", "nodes"),
-    "microbatch": ("micro_batch", "micro_batch_size", "accumulate", "accumulation_steps"),
-    "schedule": ("scheduler", "lr_schedule", "lr_scheduler"),
-    "dtype": ("amp", "precision", "fp16", "bf16", "half", "mixed_precision"),
-    "checkpoint_every": ("save_every", "save_freq", "save_steps", "checkpoint_interval"),
-    "validate_every": ("val_every", "eval_every", "eval_freq", "eval_steps", "val_freq"),
-    "init": ("pretrained", "weights", "finetune", "checkpoint"),
-    "seed": ("random_seed", "manual_seed", "rng"),
-    "colour": ("color", "color_jitter"),
-    "colour_divide": ("color_divide",),
-    "prefetch": ("prefetch_factor", "prefetch_depth"),
-    "device": ("accelerator", "cuda", "gpu"),
-    "layer_rates": ("lr_mult", "layer_lr", "freeze"),
-    "norm": ("normalization", "lrn", "batch_norm", "batchnorm", "bn"),
-    "momentum": ("mom", "beta"),
-    "patience": ("lr_patience",),
-}
-"""Names that other trainers give to a setting: an unknown one of these has a sure suggestion."""
 LARGEST = 10**9
 """Largest whole number of a setting that is not in `LARGEST_OF`."""
 LARGEST_OF = {"seed": 2**63 - 1, "lr_drops": 1000, "bias_drops": 1000, "epochs": 10**6}
@@ -163,7 +139,7 @@ class Config:
     room for, fewer when a node goes, more when one comes."""
     columns_per_worker: Literal["auto", 1, 2] = "auto"
     """1: a worker for each column; 2: both columns in one; auto: 2 on GPUs where no node has two of
-    them, else 1."""
+    them and with lrn_across, else 1."""
     microbatch: int = 0
     """Most images that a replica computes on at once, the gradients added up; 0: its share of the
     batch when there are the most replicas."""
@@ -247,16 +223,24 @@ class Config:
             object.__setattr__(self, "replicas", int(self.replicas))
         least, most = self.replica_range
         self._require("replicas", 0 < least <= most, REPLICAS_HINT)
+        is_cut = self.design.is_cut_by_columns or self.columns_per_worker != 1
+        hint = "must be 2 with lrn_across, whose windows read both columns"
+        self._require("columns_per_worker", is_cut, hint)
         if self.exact:
             self._check_exact()
         self._require("batch_size", bool(self.replica_sizes), self._format_batch_hint())
 
     def _check_exact(self) -> None:
         """Refuse settings that leave no tree of equal micro-batches for the replicas."""
-        if self.design.norm == "batch":
+        if self.design.has_batch_norm:
             raise ValueError(
                 "norm is 'batch' and exact is true; statistics over micro-batches are not summed "
                 "in a tree: use another norm, or exact = false"
+            )
+        if not self.design.is_cut_by_columns:
+            raise ValueError(
+                "lrn_across is True and exact is true, which computes each column by itself; use "
+                "lrn_across = false, or exact = false"
             )
         counts = [2**power for power in range(self.batch_size.bit_length())]
         fits = [str(self.batch_size // n) for n in counts if self.batch_size % n == 0]
@@ -386,7 +370,7 @@ class Config:
         the same number for any number of replicas.
         """
         least = self.batch_size // self.replica_sizes[-1]
-        is_fixed = self.exact or self.design.norm == "batch"
+        is_fixed = self.exact or self.design.has_batch_norm
         share = least if is_fixed else self.batch_size // replicas
         return min(share, self.microbatch or least)
 
@@ -412,8 +396,6 @@ KINDS: dict[object, str] = {
 DESIGN_TYPES = get_type_hints(Design)
 TYPES = DESIGN_TYPES | {k: kind for k, kind in get_type_hints(Config).items() if k != "design"}
 """Type of each setting of the flat table."""
-MEANT = {alias: name for name, aliases in ALIASES.items() for alias in aliases}
-"""Setting that each alias means."""
 
 
 def find_config(path: Path, folder: Path = PRESETS) -> Path:
