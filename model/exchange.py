@@ -33,6 +33,10 @@ from torch import Tensor, nn
 
 from model.timing import Stopwatch
 
+HALF_SCALE = 128.0
+"""Factor on gradients that cross in float16, whose smallest number is 6e-8: the original's were
+sums over the 128 images of a batch, and are means here. A power of two: it rounds nothing."""
+
 
 class _SplitLinear:
     """The arithmetic of a layer on one half of its inputs, x, and the weights of that half.
@@ -131,14 +135,15 @@ class Exchange:
 
     Args:
         group: process group of the two ranks of one pair; None is the default group of the job.
-        wire: torch.bfloat16: float32 activations and gradients are sent as bfloat16, which takes
-            half the bytes, and leaves 8 bits of precision in values from the other column (the own
-            half is not rounded). None: they are sent as they are. Other dtypes, the logits and
-            `join_batch` are never rounded.
+        wire: torch.bfloat16 or torch.float16: float32 activations and gradients are sent as that,
+            which takes half the bytes, and leaves 8 or 11 bits of precision in values from the
+            other column (the own half is not rounded). Gradients in float16 are sent times
+            `HALF_SCALE`. None: they are sent as they are. Other dtypes, the logits and `join_batch`
+            are never rounded.
 
     Raises:
         ValueError: the group does not have exactly 2 ranks, or this process is not one of them; or
-            another wire than None or bfloat16.
+            another wire.
     """
 
     def __init__(
@@ -156,8 +161,8 @@ class Exchange:
 
     def _prepare(self, index: int, wire: torch.dtype | None) -> None:
         """Set what does not depend on the way that tensors take."""
-        if wire not in (None, torch.bfloat16):
-            raise ValueError(f"wire is {wire}; it is None or torch.bfloat16")
+        if wire not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"wire is {wire}; it is None, torch.bfloat16 or torch.float16")
         self.index = index
         """Column of this end, 0 or 1."""
         self.wire = wire
@@ -218,7 +223,9 @@ class Exchange:
     def _send(self, x: Tensor, name: str, back: bool = False, exact: bool = False) -> _Swap:
         """Start to send activations, or gradients if `back`; rounded to `wire` unless `exact`."""
         traffic = self.traffic.setdefault(name, Traffic())
-        swap = _Swap(self, x, None if exact else self.wire, self.waits)
+        wire = None if exact else self.wire
+        scale = HALF_SCALE if back and wire == torch.float16 else 1.0
+        swap = _Swap(self, x, wire, self.waits, scale)
         traffic.swaps += 1
         if back:
             traffic.backward += swap.bytes
@@ -266,11 +273,14 @@ class _Swap:
         x: Tensor,
         wire: torch.dtype | None = None,
         waits: Stopwatch | None = None,
+        scale: float = 1.0,
     ) -> None:
         self._dtype = x.dtype
+        self._scale = scale if x.dtype == torch.float32 else 1.0
         # By strides, not is_contiguous: half of the maps is not contiguous in any format.
         self._is_channels_last = x.dim() == 4 and x.shape[1] > 1 and x.stride(1) == 1
         self._waits = waits or Stopwatch()
+        x = x * self._scale if self._scale != 1.0 else x
         sent = x.to(wire) if wire and x.dtype == torch.float32 else x
         self._sent = (sent.permute(0, 2, 3, 1) if self._is_channels_last else sent).contiguous()
         self._receive = exchange._transfer(self._sent)
@@ -282,7 +292,8 @@ class _Swap:
             received = self._receive()
         if self._is_channels_last:
             received = received.permute(0, 3, 1, 2)
-        return received.to(self._dtype)
+        received = received.to(self._dtype)
+        return received / self._scale if self._scale != 1.0 else received
 
 
 class _ApplySplit(torch.autograd.Function):

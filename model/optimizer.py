@@ -33,6 +33,11 @@ class Sgd2012:
         columns: equal pieces, along dim 0, in which parameters are updated. The last few values of
             a tensor are computed one by one, without the processor's vectors, and may be rounded
             otherwise: with 2, both columns get the bits that they get alone.
+        trust: coefficient of LARS, 0 for none (You, Gitman, Ginsburg 2017, arXiv 1708.03888). The
+            rate of weights is then multiplied by trust * |w| / (|gradient| + decay * |w|), with
+            Euclidean norms over a layer's weights in a column; by 1 if either norm is 0. Biases and
+            the scales of batch normalization keep their rates. `columns` must be their true number.
+        decays: weight decay of single layers, by name, in place of `weight_decay`.
     """
 
     def __init__(
@@ -41,8 +46,12 @@ class Sgd2012:
         momentum: float = 0.9,
         weight_decay: float = 5e-4,
         columns: int = 1,
+        trust: float = 0.0,
+        decays: Mapping[str, float] | None = None,
     ) -> None:
         self._columns = columns
+        self._trust = trust
+        self._decays = dict(decays or {})
         self.momentum = momentum
         self.weight_decay = weight_decay
         self._parameters = dict(named_parameters)
@@ -63,11 +72,32 @@ class Sgd2012:
         groups: dict[tuple[float, float], list[str]] = {}
         for name, parameter in self._parameters.items():
             if parameter.grad is not None and rates.get(name) > 0:
-                decay = 0.0 if name.endswith("bias") else self.weight_decay
+                layer = name.partition(".")[0]
+                decay = self._decays.get(layer, self.weight_decay)
+                decay = 0.0 if name.endswith("bias") else decay
                 groups.setdefault((rates.get(name), decay), []).append(name)
         self._moved = [name for names in groups.values() for name in names]
         for (rate, decay), names in groups.items():
-            self._update(names, rate, decay)
+            adapted = [name for name in names if self._trust and self._parameters[name].dim() > 1]
+            adapted = [name for name in adapted if not name.endswith("bias")]
+            if plain := [name for name in names if name not in adapted]:
+                self._update(plain, rate, decay)
+            for name in adapted:
+                self._adapt(name, rate, decay)
+
+    def _adapt(self, name: str, rate: float, decay: float) -> None:
+        """Update one parameter by LARS; the host does not wait for the norms."""
+        gradient = self._parameters[name].grad
+        assert gradient is not None
+        whole: tuple[Tensor, ...] = self._parameters[name], gradient, self.velocities[name]
+        pieces = (self._cut([tensor]) for tensor in whole)
+        for value, slope, velocity in zip(*pieces, strict=True):
+            size, steepness = compute_norm(value), compute_norm(slope)
+            ratio = self._trust * size / (steepness + decay * size)
+            ratio = torch.where((size > 0) & (steepness > 0), ratio, torch.ones_like(ratio))
+            change = torch.add(slope, value, alpha=decay).mul_((rate * ratio).to(value.dtype))
+            velocity.mul_(self.momentum).sub_(change)
+            value.add_(velocity)
 
     def _update(self, names: list[str], rate: float, decay: float) -> None:
         values = self._cut([self._parameters[name] for name in names])
@@ -126,6 +156,19 @@ class Sgd2012:
             ValueError: a key is missing or unexpected or a shape differs; nothing is changed then.
         """
         net.fill(self.velocities, state)
+
+
+def compute_norm(x: Tensor) -> Tensor:
+    """Euclidean norm, a float64 scalar, with the same bits for any number of threads.
+
+    Halves are added to each other until one number is left: a sum whose order is its own.
+    """
+    squares = x.detach().flatten().double().square()
+    while len(squares) > 1:
+        half = len(squares) // 2
+        rest = squares[2 * half :]
+        squares = torch.cat((squares[:half] + squares[half : 2 * half], rest))
+    return squares.sum().sqrt()
 
 
 class Means(NamedTuple):

@@ -1,9 +1,10 @@
 """Learning rates as pure functions of progress, of scheduled changes and of validation errors.
 
-Three schedules lower them (setting `schedule`): `dexp`, which the original source's network 170
+Four schedules lower them (setting `schedule`): `dexp`, which the original source's network 170
 used on its own; `manual`, a list of changes by epoch, as its network 145, the paper's, was trained;
-and `plateau`, the paper's words: "divide the learning rate by 10 when the validation error rate
-stopped improving with the current learning rate" (section 5).
+`plateau`, the paper's words: "divide the learning rate by 10 when the validation error rate
+stopped improving with the current learning rate" (section 5); and `poly` of recipes for large
+batches.
 """
 
 from __future__ import annotations
@@ -33,6 +34,11 @@ class Rates:
         layer, kind = parameter.partition(".")[0], parameter.rpartition(".")[2]
         weights, biases = self.layers.get(layer, (self.weights, self.biases))
         return biases if kind == "bias" else weights
+
+    def scale(self, factor: float) -> Rates:
+        """All rates times a factor."""
+        layers = {name: (w * factor, b * factor) for name, (w, b) in self.layers.items()}
+        return Rates(self.weights * factor, self.biases * factor, layers)
 
 
 @dataclass(frozen=True)
@@ -129,12 +135,15 @@ def list_color_steps(
     return tuple(sorted(values.items()))
 
 
-def parse_layer_rates(entries: Sequence[str], layers: Sequence[str]) -> dict[str, float]:
-    """Parse factors on both rates of a layer: "conv1=0.1", "fc8=10"; 0 freezes the layer.
+def parse_layer_rates(
+    entries: Sequence[str], layers: Sequence[str], setting: str = "layer_rates"
+) -> dict[str, float]:
+    """Parse numbers for single layers, such as factors on their rates: "conv1=0.1", "fc8=10".
 
     Args:
         entries: LAYER=FACTOR; the factor is 0 or above.
         layers: names of the network's layers.
+        setting: name of the setting, for messages.
 
     Raises:
         ValueError: one line that names the entry, what is wrong with it, and what would be right.
@@ -143,14 +152,36 @@ def parse_layer_rates(entries: Sequence[str], layers: Sequence[str]) -> dict[str
     for entry in entries:
         layer, equals, text = (part.strip() for part in entry.partition("="))
         if not equals:
-            raise ValueError(f"layer_rates: {entry!r} should be LAYER=FACTOR, such as 'conv1=0.1'")
+            raise ValueError(f"{setting}: {entry!r} should be LAYER=FACTOR, such as 'conv1=0.1'")
         if layer not in layers:
             hint = suggest_name(layer, layers)
-            raise ValueError(f"layer_rates: {entry!r}: no layer is called {layer!r}; {hint}")
+            raise ValueError(f"{setting}: {entry!r}: no layer is called {layer!r}; {hint}")
         if layer in factors:
-            raise ValueError(f"layer_rates: {entry!r}: {layer} has a factor already; give one")
-        factors[layer] = _parse_number(text, f"layer_rates: {entry!r}: the factor")
+            raise ValueError(f"{setting}: {entry!r}: {layer} has a factor already; give one")
+        factors[layer] = _parse_number(text, f"{setting}: {entry!r}: the factor")
     return factors
+
+
+def compute_warmup(step: int, steps: float, first: float) -> float:
+    """Factor on the rates in a linear warm-up (Goyal et al. 2017, arXiv 1706.02677).
+
+    Args:
+        step: number of the step, from 1.
+        steps: length of the warm-up in steps; the factor is 1 from its end on.
+        first: factor where it begins, in [0, 1].
+    """
+    return 1.0 if step >= steps else first + (1.0 - first) * step / steps
+
+
+def compute_poly(step: int, total: int, power: float) -> float:
+    """Factor on the rates of the schedule `poly`: (1 - share of the run before the step) ** power.
+
+    Args:
+        step: number of the step, from 1 to `total`.
+        total: steps of the run.
+        power: 0 or above; 2 in the recipes of LARS.
+    """
+    return float((1.0 - (step - 1) / total) ** power)
 
 
 def dexp(

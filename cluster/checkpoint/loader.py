@@ -429,7 +429,8 @@ def resolve_init(config: Config, classes: int, tell: Tell) -> tuple[Config, str]
     net = AlexNet(classes=classes, design=config.design)
     columns = len(read_table(source.storage, found.name)["files"])
     there = load_columns(found.path, range(columns), "weights/")
-    taken = match_layers(net.column_state(), there, list_layers(net), hide_credentials(address))
+    layers, fresh = list_layers(net), list_fresh_layers(net, config.init_layers)
+    taken = match_layers(net.column_state(), there, layers, hide_credentials(address), fresh)
     kept = set(map(_layer_of, taken))
     new = [layer for layer in list_layers(net) if layer not in kept]
     said = (
@@ -439,8 +440,14 @@ def resolve_init(config: Config, classes: int, tell: Tell) -> tuple[Config, str]
     return _replace_init(config, address), said
 
 
-def load_init(init: str, net: AlexNet, mesh: ProcessMesh, tell: Tell) -> None:
+def load_init(
+    init: str, net: AlexNet, mesh: ProcessMesh, tell: Tell, init_layers: str = "all"
+) -> None:
     """Load this process's columns from another run's checkpoint; a collective call.
+
+    Args:
+        init, init_layers: settings of those names.
+        net, mesh, tell: columns and mesh of this process; what gets warnings.
 
     Raises:
         UsageError, DataError, StoreError: as `resolve_init`.
@@ -451,7 +458,8 @@ def load_init(init: str, net: AlexNet, mesh: ProcessMesh, tell: Tell) -> None:
     path, holder = fetch_own_columns(source.storage, name, mesh)
     there, own = load_columns(path, net.columns, "weights/"), net.column_state()
     called = hide_credentials(f"{source.base}/{name}")
-    taken = match_layers(own, there, list_layers(net), called)
+    layers, fresh = list_layers(net), list_fresh_layers(net, init_layers)
+    taken = match_layers(own, there, layers, called, fresh)
     net.load_column_state(own | {key: there[key] for key in taken})
     del holder  # and downloaded files with it
 
@@ -461,8 +469,18 @@ def list_layers(net: AlexNet) -> list[str]:
     return [stage.layer.name for stage in net.stages]
 
 
+def list_fresh_layers(net: AlexNet, init_layers: str) -> list[str]:
+    """Return the layers, besides the last, that take nothing from another run's checkpoint."""
+    fully_connected = [stage.layer.name for stage in net.stages if not stage.layer.kernel]
+    return fully_connected if init_layers == "conv" else []
+
+
 def match_layers(
-    own: Mapping[str, Tensor], there: Mapping[str, Tensor], layers: Sequence[str], called: str
+    own: Mapping[str, Tensor],
+    there: Mapping[str, Tensor],
+    layers: Sequence[str],
+    called: str,
+    fresh: Sequence[str] = (),
 ) -> list[str]:
     """Return the keys of the tensors that are loaded; see `AlexNet.column_state` for them.
 
@@ -471,12 +489,14 @@ def match_layers(
         there: tensors of the checkpoint.
         layers: names of the new network's layers; the last is new, and conv6 may be.
         called: the checkpoint's name in messages.
+        fresh: layers that are new, too, with which the checkpoint's fully connected ones are left.
 
     Raises:
         UsageError: a layer is missing, has another shape, or is not in the new network.
     """
     known = {_layer_of(key) for key in there}
-    new = {layers[-1], NEW} - ({NEW} & known)
+    new = {layers[-1], NEW, *fresh} - ({NEW} & known)
+    left = {layers[-1], "bottleneck", *fresh}  # which only the last layer reads
     way = "give the settings of its RUN/config.toml (net, columns, width, norm, conv6, ...)"
     taken = []
     for key, tensor in own.items():
@@ -488,7 +508,7 @@ def match_layers(
             shapes = f"{list(there[key].shape)}, and this network's {list(tensor.shape)}"
             raise UsageError(f"{called}: {key} is {shapes}; {way}")
         taken.append(key)
-    if more := [key for key in there if key not in own and _layer_of(key) != layers[-1]]:
+    if more := [key for key in there if key not in own and _layer_of(key) not in left]:
         layer = more[0].rpartition(".")[0]
         raise UsageError(f"{called} has {layer}, which this network has not; {way}")
     return taken

@@ -39,13 +39,14 @@ class TrainOptions(Options):
             "width", "columns", "net", "image_size", "without", "conv6", "bottleneck",
             "communication", "norm", "norm_layers", "lrn_k", "lrn_size", "lrn_alpha", "lrn_beta",
             "lrn_across", "relu_first", "spatial_norm", "pool", "activation", "dropout",
-            "middle_std", "init",
+            "middle_std", "init", "init_layers",
         ),
         "schedule": (
             "epochs", "steps", "batch_size", "microbatch", "exact", "schedule", "rate_scaling",
-            "lr", "bias_factor", "lr_drop", "lr_drops", "bias_drop", "bias_drops", "changes",
+            "lr", "bias_factor", "lr_drop", "lr_drops", "bias_drop", "bias_drops", "lr_power",
+            "warmup", "warmup_lr", "changes",
             "patience", "plateau_drops", "plateau_factor", "plateau_biases", "plateau_threshold",
-            "layer_rates", "momentum", "weight_decay", "seed",
+            "layer_rates", "momentum", "weight_decay", "layer_decays", "lars", "seed",
         ),
         "data": (
             "shuffle", "window", "augment", "colour", "colour_divide", "mean", "strict", "ledger",
@@ -57,7 +58,8 @@ class TrainOptions(Options):
             "spares", "collective_timeout",
         ),
         "checkpoints and measurements": (
-            "checkpoint_every", "keep", "keep_best", "store", "validate_every", "statistics_every",
+            "checkpoint_every", "keep", "keep_best", "store", "milestones", "validate_every",
+            "statistics_every",
             "tensorboard", "wandb", "mlflow",
         ),
     }  # fmt: skip

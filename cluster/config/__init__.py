@@ -1,26 +1,30 @@
 """Settings of a training run: their fields and checks, and the TOML files they are read from.
 
-aliases   names that other trainers give to settings
-settings  the fields, their checks, and the reader of config files
+aliases     names that other trainers give to settings
+files       presets and other config files, and their readers
+milestones  published results, which a run is compared with
+settings    the fields and their checks
 """
 
 from cluster.config.aliases import ALIASES, MEANT
-from cluster.config.settings import (
-    CHANGEABLE,
-    DESIGN_TYPES,
-    LENGTH,
+from cluster.config.files import (
     ORIGIN_KEYS,
     PRESETS,
     RUN_KEY,
     TYPES,
-    Config,
-    Dtype,
     find_config,
     fit_images,
     is_of_type,
     load_settings,
     read_run_config,
     suggest_setting,
+)
+from cluster.config.settings import (
+    CHANGEABLE,
+    DESIGN_TYPES,
+    LENGTH,
+    Config,
+    Dtype,
     translate_values,
 )
 

@@ -1,4 +1,4 @@
-"""Settings of a training run: their fields and checks, and the TOML files they are read from.
+"""Settings of a training run: their fields and checks.
 
 `Config` nests the network (`model.architecture.Design`). Files and flags are flat: `width = 0.25`
 or `--width 0.25` sets `config.design.width`. `from_settings` and `to_settings` translate.
@@ -6,31 +6,25 @@ or `--width 0.25` sets `config.design.width`. `from_settings` and `to_settings` 
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from cluster.config.aliases import MEANT
-from model.architecture import Design, fit_design
-from model.schedule import list_color_steps, parse_changes, parse_layer_rates, suggest_name
-from pipeline.dataset.record import ADDRESS_KEY, SHA256_KEY, require_run
+from cluster.config.milestones import parse_milestones
+from model.architecture import Design
+from model.schedule import list_color_steps, parse_changes, parse_layer_rates
 from pipeline.stream.config import Mean, Shuffle, StreamConfig
 from pipeline.tools.errors import UsageError
 from pipeline.tools.units import CACHE_SIZE_FLAG, parse_size
 
 Dtype = Literal["auto", "float32", "bfloat16"]
-Schedule = Literal["dexp", "plateau", "manual"]
+Schedule = Literal["dexp", "plateau", "manual", "poly"]
 Scaling = Literal["none", "linear", "sqrt"]
 
-PRESETS = Path(__file__).resolve().parents[1] / "configs"
-"""Folder of the presets; studies/ in it has those of `cluster.experiments.study`."""
 LENGTH = ("steps", "epochs")
 REPLICAS = re.compile(r"[0-9]{1,6}(:[0-9]{1,6})?")
 NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -38,11 +32,12 @@ NO_TEXT = re.compile("[\0\ud800-\udfff]")
 REPLICAS_HINT = "must be a number from 1 up, or two as in 1:4, the fewest and the most"
 POSITIVE = (
     "batch_size", "lr", "bias_factor", "lr_drop", "bias_drop", "lr_drops", "bias_drops",
-    "checkpoint_every", "keep", "collective_timeout",
+    "checkpoint_every", "keep", "collective_timeout", "lr_power",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "steps", "weight_decay", "colour", "validate_every", "max_failures", "patience", "node_wait",
-    "plateau_drops", "plateau_threshold", "statistics_every", "microbatch", "keep_best", "spares",
+    "lars", "warmup", "warmup_lr", "plateau_drops", "plateau_threshold", "statistics_every",
+    "microbatch", "keep_best", "spares",
 )  # fmt: skip
 LARGEST = 10**9
 """Largest whole number of a setting that is not in `LARGEST_OF`."""
@@ -51,7 +46,7 @@ CHANGEABLE = (
     "replicas", "device", "cuda_graph", "columns_per_worker", "microbatch", "threads", "prefetch",
     "checkpoint_every", "keep", "keep_best", "store", "validate_every", "statistics_every",
     "max_failures", "node_wait", "spares", "collective_timeout", "strict", "ledger", "tensorboard",
-    "wandb", "mlflow", "cache", "cache_size",
+    "wandb", "mlflow", "cache", "cache_size", "milestones",
 )  # fmt: skip
 """Settings that may change when a run is resumed. None changes the images, their order or the
 dropout masks; `replicas`, `columns_per_worker` and `microbatch` change the rounding of sums, unless
@@ -71,6 +66,8 @@ class Config:
     init: str = ""
     """Another run (its folder), or one of its checkpoints (folder or address), whose weights to
     start from; the last layer starts with new weights, and conv6 may."""
+    init_layers: Literal["all", "conv"] = "all"
+    """conv: only the convolutions start from init, and all other layers with new weights."""
     seed: int = 0
     """Seed of the initial weights, dropout, the order of images and their augmentation."""
     batch_size: int = 128
@@ -81,7 +78,8 @@ class Config:
     """Length of the run in steps; 0: epochs decides."""
     schedule: Schedule = "dexp"
     """dexp: equal stretches with constant rates, set by lr_drop, lr_drops and those of the biases;
-    plateau: rates are divided when the validation error stalls; manual: changes sets them."""
+    plateau: rates are divided when the validation error stalls; manual: changes sets them; poly:
+    they fall to 0 as (1 - share of the run) ** lr_power."""
     rate_scaling: Scaling = "none"
     """Multiply lr by batch_size / 128 (linear), by its square root (sqrt), or not (none)."""
     lr: float = 0.01
@@ -96,6 +94,12 @@ class Config:
     """First learning rate of the biases over their last."""
     bias_drops: int = 2
     """Equal stretches of the run with a constant rate for the biases; 1: constant throughout."""
+    lr_power: float = 2.0
+    """Exponent of the schedule poly; 1: linear."""
+    warmup: float = 0.0
+    """Epochs in which all rates rise linearly to those of the schedule; 0: no warm-up."""
+    warmup_lr: float = 0.0
+    """Rate of the weights from which the warm-up begins."""
     changes: tuple[str, ...] = ()
     """Changes during the run, "EPOCH NAME VALUE" each; NAME is colour, lr.LAYER, lr_bias.LAYER or,
     for manual only, lr or lr_bias."""
@@ -115,6 +119,12 @@ class Config:
     """Fraction of the velocity kept in a step."""
     weight_decay: float = 5e-4
     """Weight decay of the weights; biases have none."""
+    layer_decays: tuple[str, ...] = ()
+    """Weight decay of single layers in place of weight_decay, "fc5=0.01" each."""
+    lars: float = 0.0
+    """Trust coefficient of LARS (You, Gitman, Ginsburg 2017), for batches of thousands: the rate of
+    a layer's weights is multiplied by lars * |w| / (|gradient| + decay * |w|), in each column; 0:
+    rates as they are."""
     shuffle: Shuffle = "full"
     """full: each epoch is a permutation of all images; block: a permutation of the shards, with the
     images mixed within windows of them, for remote stores and spinning disks."""
@@ -132,8 +142,9 @@ class Config:
     dtype: Dtype = "auto"
     """Data type that layers compute in (weights stay float32); auto: bfloat16 where the hardware
     multiplies it; float32: a GPU does not round to TF32 either."""
-    exchange_dtype: Literal["auto", "bfloat16"] = "auto"
-    """Data type of what crosses between columns; auto: the one that layers compute in."""
+    exchange_dtype: Literal["auto", "bfloat16", "float16"] = "auto"
+    """Data type of what crosses between columns where layers compute in float32; auto: the one that
+    layers compute in."""
     replicas: int | str = 1
     """Copies of the network, each with its share of the batch; "1:4": as many of these as there is
     room for, fewer when a node goes, more when one comes."""
@@ -168,6 +179,9 @@ class Config:
     store: str = ""
     """Address (s3://bucket/folder) for the checkpoints and a copy of the rows, or another folder
     for the checkpoints; "": in the run's folder, which all nodes must then see."""
+    milestones: tuple[str, ...] = ()
+    """Published results, "EPOCH NAME VALUE" each; NAME is loss, top1 or top5 (errors in percent,
+    center view). A run on 1,000 classes that passes one and is far worse says so."""
     validate_every: int = 500
     """Steps between passes over the validation images; 0: never."""
     statistics_every: int = 50
@@ -262,6 +276,13 @@ class Config:
         """Check the learning-rate settings against each other and against the network's layers."""
         layers = [layer.name for layer in self.design.layers()]
         parse_layer_rates(self.layer_rates, layers)
+        parse_layer_rates(self.layer_decays, layers, "layer_decays")
+        parse_milestones(self.milestones)
+        is_short = self.steps > 0 or self.warmup == 0 or self.warmup < self.epochs
+        self._require("warmup", is_short, f"must be below epochs ({self.epochs:g})")
+        self._require("warmup_lr", self.warmup_lr <= self.lr, f"must be lr ({self.lr:g}) at most")
+        is_used = self.warmup > 0 or self.warmup_lr == 0
+        self._require("warmup_lr", is_used, "goes with warmup, which is 0")
         for change in parse_changes(self.changes, layers):
             if change.name in ("lr", "lr_bias") and self.schedule != "manual":
                 raise ValueError(
@@ -361,7 +382,8 @@ class Config:
     @property
     def has_constant_rates(self) -> bool:
         """True if the learning rates do not depend on the length of the run."""
-        return self.schedule != "dexp" or (self.lr_drops == 1 and self.bias_drops == 1)
+        falls = self.schedule == "dexp" and not (self.lr_drops == 1 and self.bias_drops == 1)
+        return self.schedule != "poly" and not falls
 
     def microbatch_size(self, replicas: int) -> int:
         """Return the largest number of images that a replica computes on at once.
@@ -379,120 +401,11 @@ class Config:
         return self.steps or max(1, math.ceil(self.epochs * samples / self.batch_size))
 
 
-RUN_KEY = "run_id"
-"""Key of RUN/config.toml, as `SHA256_KEY`: the name that tells the run from all others."""
-ORIGIN_KEYS = (ADDRESS_KEY, "config", "command", "commit")
-"""Keys of RUN/config.toml about the last start of the run, which older files lack: address of the
-data set without credentials, CONFIG as it was named, command line, commit of Duet's source."""
-KINDS: dict[object, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    int | str: "a whole number or text",
-    tuple[str, ...]: "a list of texts",
-}
-"""Descriptions of the types; the other settings are choices."""
 DESIGN_TYPES = get_type_hints(Design)
-TYPES = DESIGN_TYPES | {k: kind for k, kind in get_type_hints(Config).items() if k != "design"}
-"""Type of each setting of the flat table."""
-
-
-def find_config(path: Path, folder: Path = PRESETS) -> Path:
-    """Find the file of a config: a path, or the name of a preset in `folder`.
-
-    A path of an earlier version or of the repository, `configs/dexp.toml`, names the preset, too.
-
-    Raises:
-        UsageError: there is neither; names the nearest presets.
-    """
-    if path.is_file():
-        return path
-    parts = list(path.with_suffix("").parts if path.suffix == ".toml" else path.parts)
-    for place in ("cluster", "configs", folder.name):
-        if parts[:1] == [place]:
-            del parts[0]
-    if parts and (preset := folder.joinpath(*parts).with_suffix(".toml")).is_file():
-        return preset
-    names = sorted(str(one.relative_to(folder).with_suffix("")) for one in folder.rglob("*.toml"))
-    names = [name for name in names if not (folder == PRESETS and "/" in name)]
-    near = difflib.get_close_matches("/".join(parts), names, n=3)
-    raise UsageError(
-        f"{path} cannot be read (No such file or directory), nor is it a preset; "
-        + (f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}")
-    )
-
-
-def load_settings(config: Path) -> dict[str, Any]:
-    """Read a config file or preset; checks the names and types of its keys, not yet their values.
-
-    Raises:
-        UsageError: names the file, the key and what it should be.
-    """
-    path = find_config(config)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not text"
-        raise UsageError(f"config file {path} cannot be read ({reason}); mend it") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"config file {path} is not TOML: {error}") from error
-    for key in (SHA256_KEY, RUN_KEY, *ORIGIN_KEYS):
-        table.pop(key, None)
-    table = translate_values(table)
-    for key, value in table.items():
-        if key not in TYPES:
-            if {"title", "measure"} <= set(table):
-                raise UsageError(f"config file {path} is a study; duet study runs it")
-            raise UsageError(f"config file {path}: no setting {key!r}; {suggest_setting(key)}")
-        if not is_of_type(value, TYPES[key]):
-            takes = KINDS.get(TYPES[key]) or " or ".join(map(repr, get_args(TYPES[key])))
-            raise UsageError(f"config file {path}: {key} is {value!r}; it takes {takes}")
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+"""Type of each setting of the network."""
 
 
 def translate_values(table: Mapping[str, Any]) -> dict[str, Any]:
     """Return a table in which values of earlier versions are those of today."""
     return {key: "image" if (key, value) == ("mean", "picture") else value
             for key, value in table.items()}  # fmt: skip
-
-
-def suggest_setting(name: str) -> str:
-    """Return a hint for an unknown setting: by `ALIASES`, else the nearest name, else all names."""
-    plain = name.lower().replace("-", "_")
-    meant = plain if plain in TYPES else MEANT.get(plain)
-    return f"did you mean {meant!r}?" if meant else suggest_name(name, list(TYPES))
-
-
-def is_of_type(value: object, kind: Any) -> bool:
-    """Return whether a value of a TOML file has the type of a setting (one of `TYPES`)."""
-    if kind == tuple[str, ...]:
-        return isinstance(value, list) and all(isinstance(text, str) for text in value)
-    if kind not in KINDS:
-        return value in get_args(kind)
-    if kind is float:
-        return type(value) in (int, float)
-    return type(value) in (get_args(kind) or (kind,))
-
-
-def fit_images(config: Config, side: int | None, data: str) -> Config:
-    """Return the config with a network for the images of data set `data`; see `fit_design`."""
-    try:
-        return replace(config, design=fit_design(config.design, side))
-    except ValueError as error:
-        raise UsageError(f"data set {data} holds {error}") from error
-
-
-def read_run_config(path: Path) -> tuple[Config, str]:
-    """Read RUN/config.toml: the settings of the run, and the identity of its data set.
-
-    Raises:
-        UsageError: there is no such file, or it cannot be read.
-    """
-    require_run(path.parent)
-    table = load_settings(path)
-    data = tomllib.loads(path.read_text(encoding="utf-8")).get(SHA256_KEY, "")
-    try:
-        return Config.from_settings(table), str(data)
-    except ValueError as error:
-        raise UsageError(f"config file {path}: {error}") from error

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cluster.config import Config
+from cluster.config.milestones import Milestone, find_shortfalls
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Publish, Stepped, Tell, Validated, Warned
 from cluster.run.folder import KERNELS, LAYERS, METRICS, VALIDATION, Mark
@@ -107,6 +108,9 @@ class MetricsLog:
         self._memory: int | None = None
         self._looked = -PUBLISH_EVERY
         self._exchange: Exchange | None = None
+        self.milestones: Sequence[Milestone] = ()
+        """Published results, which validations are compared with."""
+        self._validated = 0.0
         self.reducing = Stopwatch()
         """Spans of `computing` that an update waited for the gradients of other replicas."""
         self._start = mark_time(mesh.device)
@@ -296,6 +300,9 @@ class MetricsLog:
             row = self._begin_row(mark) | results
             self._files[VALIDATION].add(row)
             self._tell(Validated(row))
+            for text in find_shortfalls(self.milestones, self._validated, row):
+                self._tell(Warned(text))
+            self._validated = row["epoch"]
             self._publish_all(mark.step, {f"validation_{key}": results[key] for key in RESULTS})
         return results["top1_error"]
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from cluster.checkpoint.loader import load_init
+from cluster.checkpoint.loader import list_layers, load_init
 from cluster.checkpoint.memory import Memory
 from cluster.checkpoint.writer import CheckpointManager
 from cluster.config import Config
+from cluster.config.milestones import CLASSES, parse_milestones
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Publish, Tell, Warned
 from cluster.run.folder import LEDGER, QUARANTINE, UNKNOWN, Mark, RunIdentity
@@ -30,12 +31,16 @@ from model.alexnet import AlexNet
 from model.column_threads import ColumnThreads
 from model.exchange import Exchange
 from model.optimizer import Sgd2012
+from model.schedule import parse_layer_rates
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import DataError
 from pipeline.tools.text import hide_credentials
+
+WIRES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Setting `exchange_dtype` -> argument `wire` of `Exchange`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,7 @@ def prepare_training(
     )  # fmt: skip
     mark = checkpoints.resume(net, optimizer, memory)
     if config.init and not mark.step:
-        load_init(config.init, net, mesh, tell)
+        load_init(config.init, net, mesh, tell, config.init_layers)
     recipe = RateSettings(config=config, samples=samples, total=total)
     rates = RateControl(recipe, run, mesh, tell, mark.step)
 
@@ -114,6 +119,10 @@ def prepare_training(
             MetricsLog(run, mesh, tell, samples, mark.step, publish, keep=memory.rows)
         )
         log.reducing = train_step.waits
+        if len(about["classes"]) == CLASSES:
+            passed = mark.position / samples
+            ahead = [one for one in parse_milestones(config.milestones) if one.epoch > passed]
+            log.milestones = ahead
         # Rows are on disk, and in the store, before a checkpoint of their step counts.
         checkpoints.before = log.sync
         if mesh.device.type == "cpu":  # a GPU computes on after a failure, with what did not come
@@ -153,8 +162,14 @@ def create_columns(config: Config, classes: int, mesh: ProcessMesh) -> AlexNet:
 
 def create_optimizer(config: Config, net: AlexNet) -> Sgd2012:
     """Create the optimizer of the columns of this process."""
-    columns = len(net.columns) if config.exact else 1
-    return Sgd2012(net.named_parameters(), config.momentum, config.weight_decay, columns)
+    return Sgd2012(
+        net.named_parameters(),
+        config.momentum,
+        config.weight_decay,
+        columns=len(net.columns) if config.exact or config.lars else 1,
+        trust=config.lars,
+        decays=parse_layer_rates(config.layer_decays, list_layers(net), "layer_decays"),
+    )
 
 
 @contextmanager
@@ -182,7 +197,7 @@ def create_step(
 
 def find_wire(config: Config) -> torch.dtype | None:
     """Return the dtype that float32 is rounded to between the columns; None: it is not."""
-    return torch.bfloat16 if config.exchange_dtype == "bfloat16" else None
+    return WIRES[config.exchange_dtype]
 
 
 def can_record(config: Config, mesh: ProcessMesh) -> bool:

@@ -99,6 +99,15 @@ class RateSettings:
             first = self._dexp(1)
         return schedule.compute_rates(*first, settings, factors)
 
+    def compute_factor(self, step: int) -> float:
+        """Return the factor on all rates of a step, from 1: that of warm-up and of `poly`."""
+        config = self.config
+        length = config.warmup * self.samples / config.batch_size
+        factor = schedule.compute_warmup(step, length, config.warmup_lr / config.lr)
+        if config.schedule == "poly":
+            factor *= schedule.compute_poly(step, self.total, config.lr_power)
+        return factor
+
     def list_scheduled(self) -> list[RateChange]:
         """List the changes known before the run begins: the steps of `dexp`, and by epoch."""
         stretches = self._list_stretches() if self.config.schedule == "dexp" else []
@@ -178,7 +187,8 @@ class RateControl:
         count = bisect.bisect_left(self._changes, step, key=lambda change: change.after)
         if count not in self._rates:
             self._rates[count] = self._settings.compute(self._changes[:count])
-        return self._rates[count]
+        factor = self._settings.compute_factor(step)
+        return self._rates[count] if factor == 1.0 else self._rates[count].scale(factor)
 
     def review(self, step: int, validation_error: float | None = None) -> None:
         """Decide after a step whether the rates change; all processes call it, once for a step.

@@ -94,7 +94,8 @@ def measure(config: Config, data: str, mesh: ProcessMesh, tell: Tell) -> None:
     config = replace(
         config, validate_every=0, statistics_every=0, store="", ledger=False, tensorboard=False,
         wandb=False, mlflow=False,
-        schedule="dexp", changes=(), layer_rates=(), lr=1e-9, steps=10**7, epochs=1.0, init="",
+        schedule="dexp", warmup=0.0, warmup_lr=0.0, changes=(), layer_rates=(), lr=1e-9,
+        steps=10**7, epochs=1.0, init="",
     )  # fmt: skip
     samples, _ = read_origin(config, data)
     with (

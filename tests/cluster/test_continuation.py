@@ -16,10 +16,11 @@ OTHER = {
     "momentum": 0.5, "weight_decay": 0.1, "shuffle": "block", "window": 8,
     "colour": 0.0, "dtype": "bfloat16", "columns": 1, "norm": "none", "relu_first": False,
     "spatial_norm": True, "pool": "2/2", "activation": "tanh", "without": "conv4",
+    "lr_power": 1.0, "warmup": 5.0, "warmup_lr": 0.001, "layer_decays": ("fc8=0",), "lars": 0.001,
     "norm_layers": ("conv2=none",), "lrn_k": 1.0, "lrn_size": 9, "lrn_alpha": 5e-4,
     "lrn_beta": 0.5, "lrn_across": True, "bottleneck": 8, "communication": False,
     "middle_std": 0.01, "net": "four", "conv6": True, "dropout": False,
-    "init": "runs/other", "augment": False,
+    "init": "runs/other", "init_layers": "conv", "augment": False,
     "schedule": "manual", "rate_scaling": "sqrt", "changes": ("1 colour 0",), "patience": 9,
     "plateau_biases": False, "plateau_drops": 1, "plateau_factor": 2.0, "plateau_threshold": 0.1,
     "layer_rates": ("conv1=0",), "colour_divide": True, "mean": "image",
@@ -32,7 +33,8 @@ OTHER = {
 )
 def test_what_a_run_learns_cannot_change_under_way(field):
     net = "four" if field == "image_size" else "paper"
-    old = Config(steps=400, design=Design(net=net))
+    warmup = 1.0 if field == "warmup_lr" else 0.0
+    old = Config(steps=400, warmup=warmup, design=Design(net=net))
     new = Config.from_settings(old.to_settings() | {field: OTHER[field]})
     found = find_conflicts(old, new, samples=4000)
     if field == "epochs":  # steps decide, so nothing changes
@@ -50,7 +52,7 @@ def test_how_a_run_is_carried_out_may_change():
     free = {
         "replicas": "1:2", "device": "cpu", "cuda_graph": "off", "columns_per_worker": 2,
         "microbatch": 16, "threads": 3, "prefetch": 4, "checkpoint_every": 7, "keep": 9,
-        "keep_best": 0, "store": "s3://b/x",
+        "keep_best": 0, "store": "s3://b/x", "milestones": ("9 top1 50",),
         "validate_every": 0, "statistics_every": 0, "max_failures": 0, "node_wait": 0, "spares": 0,
         "collective_timeout": 10, "strict": True, "ledger": True, "tensorboard": True,
         "wandb": True, "mlflow": True, "cache": "c", "cache_size": "1TB",

@@ -159,7 +159,7 @@ def refused(link: Exchange) -> list[str]:
     for wrong in (
         lambda: link.apply_layer(nn.Conv2d(4, 4, 3, groups=2), torch.zeros(1, 2, 4, 4)),
         lambda: link.apply_layer(nn.ReLU(), torch.zeros(1, 2)),
-        lambda: Exchange(wire=torch.float16),
+        lambda: Exchange(wire=torch.float64),
     ):
         with suppress(TypeError, ValueError, AttributeError):
             wrong()
@@ -179,6 +179,7 @@ def work(rank: int, folder: str) -> None:
         "float64": trained(link, torch.float64),
         "float32": trained(link, torch.float32),
         "bfloat16 wire": trained(thin, torch.float32),
+        "float16 wire": trained(Exchange(wire=torch.float16), torch.float32),
         "bfloat16 autocast": trained(link, torch.float32, autocast=True),
     }
     more = {
@@ -234,11 +235,12 @@ def test_bytes_of_the_paper(pair: Any) -> None:
 
 @pytest.mark.parametrize(
     ("step", "size"),
-    [("float64", 8), ("float32", 4), ("bfloat16 wire", 2), ("bfloat16 autocast", 2)],
-)
+    [("float64", 8), ("float32", 4), ("bfloat16 wire", 2), ("float16 wire", 2),
+     ("bfloat16 autocast", 2)],
+)  # fmt: skip
 def test_bytes_of_a_step_follow_from_the_shapes(pair: Any, step: str, size: int) -> None:
     wire = {name: BATCH * round(count * WIDTH) * size for name, count in READ.items()}
-    logits = BATCH * CLASSES // 2 * (4 if step == "bfloat16 wire" else size)
+    logits = BATCH * CLASSES // 2 * (4 if step.endswith("wire") else size)
     for half in pair:
         training, testing = half["steps"][step]["training"], half["steps"][step]["testing"]
         assert training.pop("logits") == (logits, 0, 1)
@@ -306,6 +308,14 @@ def test_a_bfloat16_wire_costs_less_than_bfloat16_throughout(pair: Any) -> None:
     )
     ratios = sorted(thin[name] / narrow[name] for name in thin)
     assert ratios[len(ratios) // 2] < 0.7
+
+
+def test_a_float16_wire_loses_less_and_no_small_gradient(pair: Any) -> None:
+    """Three bits more than bfloat16; its range begins at 6e-8, so that gradients are scaled."""
+    thin, half = (errors_of(pair, f"{wire} wire", "weight") for wire in ("bfloat16", "float16"))
+    ratios = sorted(half[name] / thin[name] for name in thin)
+    assert ratios[len(ratios) // 2] < 0.5
+    assert max(errors_of(pair, "float16 wire", "fc8").values()) < 1e-3
 
 
 def test_both_columns_see_the_same_logits(pair: Any) -> None:

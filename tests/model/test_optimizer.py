@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from model.alexnet import AlexNet
-from model.optimizer import Sgd2012, compute_layer_statistics
+from model.optimizer import Sgd2012, compute_layer_statistics, compute_norm
 from model.schedule import Rates
 
 SHAPES = {"conv1.weight": (3, 2), "conv1.bias": (3,), "fc8.weight": (2, 2), "fc8.bias": (2,)}
@@ -88,6 +90,72 @@ def test_rule_of_section_5_through_drops_own_rates_freezing_and_thawing(
             oracle.step(named, of_step)
             step += 1
     oracle.check(named, optimizer, atol=2e-14)
+
+
+class LarsByHand:
+    """Algorithm 1 of You, Gitman, Ginsburg 2017, a number at a time, in double, by column."""
+
+    def __init__(self, named: dict[str, nn.Parameter], columns: int) -> None:
+        self.columns = columns
+        self.values = {n: v.detach().double().tolist() for n, v in named.items()}
+        self.speeds = {n: torch.zeros_like(v).tolist() for n, v in named.items()}
+
+    def step(self, named: dict[str, nn.Parameter], rates: Rates, decay: dict[str, float]) -> None:
+        for name, value in named.items():
+            assert value.grad is not None
+            rows, own = self.values[name], self.speeds[name]
+            given = value.grad.double().tolist()
+            if name.endswith("bias"):
+                for i, g in enumerate(given):
+                    own[i] = 0.9 * own[i] - rates.get(name) * g
+                    rows[i] += own[i]
+                continue
+            size = len(rows) // self.columns
+            beta = decay[name.partition(".")[0]]
+            for start in range(0, len(rows), size):
+                part = range(start, start + size)
+                w = math.sqrt(sum(x * x for i in part for x in rows[i]))
+                g = math.sqrt(sum(x * x for i in part for x in given[i]))
+                local = 0.001 * w / (g + beta * w) if w and g else 1.0
+                for i in part:
+                    for j in range(len(rows[i])):
+                        slope = given[i][j] + beta * rows[i][j]
+                        own[i][j] = 0.9 * own[i][j] - rates.get(name) * local * slope
+                        rows[i][j] += own[i][j]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 2e-5)])
+def test_lars_is_its_papers_algorithm_in_each_column(dtype: torch.dtype, bound: float) -> None:
+    named = parameters(dtype) | {"fc7.weight": nn.Parameter(torch.zeros(4, 3, dtype=dtype))}
+    named["conv1.weight"] = nn.Parameter(
+        torch.randn(6, 2, 3, dtype=torch.float64).to(dtype)[..., 0]
+    )
+    oracle = LarsByHand(named, columns=2)
+    optimizer = Sgd2012(named.items(), columns=2, trust=0.001, decays={"fc8": 0.02})
+    decay = {"conv1": 0.0005, "fc7": 0.0005, "fc8": 0.02}
+    for step, rates in enumerate((Rates(3.0, 0.02), Rates(10.0, 0.02, {"fc8": (1.0, 0.1)}))):
+        for _ in range(10):
+            give_gradients(named, step)
+            if step == 0:  # no gradient, no factor
+                named["conv1.weight"].grad[:3] = 0  # type: ignore[index]
+            optimizer.step(rates)
+            oracle.step(named, rates, decay)
+    for name, value in named.items():
+        expected = torch.tensor(oracle.values[name], dtype=torch.float64)
+        torch.testing.assert_close(value.detach().double(), expected, rtol=bound, atol=bound)
+    assert named["fc7.weight"].abs().max() > 1e-3  # zeros would never move by a factor of |w|
+
+
+def test_norms_have_the_same_bits_with_any_number_of_threads() -> None:
+    x = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0))
+    threads, found = torch.get_num_threads(), set()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        found.add(float(compute_norm(x)))
+    torch.set_num_threads(threads)
+    (norm,) = found
+    assert norm == pytest.approx(math.sqrt(math.fsum(v * v for v in x.tolist())), rel=1e-14)
+    assert float(compute_norm(torch.zeros(0))) == 0.0
 
 
 RUN = [

@@ -14,9 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 import cluster.train as driver
-from cluster.checkpoint.loader import match_layers, pin_init, resolve_init
+from cluster.checkpoint.loader import (
+    list_fresh_layers,
+    load_init,
+    match_layers,
+    pin_init,
+    resolve_init,
+)
 from cluster.config import Config, read_run_config
+from cluster.mesh import ProcessMesh
 from model.alexnet import AlexNet
+from model.architecture import Design
 from pipeline.tools.errors import DataError, UsageError
 from tests.helpers.images import folder_per_class, packed
 from tests.helpers.training_runs import CONFIG, Call, alone, cut_at, learned, together, weights
@@ -154,6 +162,37 @@ def test_conv6_is_taken_where_it_is_and_not_thrown_away() -> None:
     assert match_layers(own, there, layers, "X") == list(there)[:2]
     with pytest.raises(UsageError, match=r"X has a.conv6, which this network has not"):
         match_layers({"a.conv1.weight": torch.empty(1)}, there, ["conv1", "fc8"], "X")
+
+
+def test_the_convolutions_alone_are_taken_and_a_bottleneck_is_left_with_the_last_layer() -> None:
+    """As 146-2011 began with the convolutions of 146-2009, and 146-2012 without its bottleneck."""
+    names = ("conv1", "conv6", "fc6", "bottleneck", "fc8")
+    there = {f"a.{name}.weight": torch.empty(1) for name in names}
+    other = {f"a.{name}.weight": torch.empty(2) for name in ("fc6", "fc8")}
+    own = {key: there[key] for key in ("a.conv1.weight", "a.conv6.weight")} | other
+    layers = ["conv1", "conv6", "fc6", "fc8"]
+    assert match_layers(own, there, layers, "X", ["fc6", "fc8"]) == list(there)[:2]
+    same = {key: value for key, value in there.items() if "bottleneck" not in key}
+    assert match_layers(same, there, layers, "X") == list(there)[:3]
+    with pytest.raises(UsageError, match=r"a.fc6.weight is \[1\], and this network's \[2\]"):
+        match_layers(own, there, layers, "X")
+    net = AlexNet(classes=4, design=Design(conv6=True, bottleneck=8, width=1 / 16))
+    assert list_fresh_layers(net, "conv") == ["fc6", "fc7", "bottleneck", "fc8"]
+    assert list_fresh_layers(net, "all") == []
+
+
+def test_a_run_begins_with_the_convolutions_of_another(source, three, tmp_path):
+    config = replace(CONFIG, init=str(source), init_layers="conv", steps=1)
+    pinned, said = resolve_init(config, 3, print)
+    assert said.endswith("new: fc6, fc7, fc8")
+    first, fresh = (AlexNet(classes=3, design=config.design, seed=config.seed) for _ in range(2))
+    load_init(pinned.init, first, ProcessMesh(), print, "conv")
+    taken = load_file(Path(pinned.init) / "column-a.safetensors")
+    for name, value in first.column_state().items():
+        if name.startswith("a.conv"):
+            assert torch.equal(value, taken[f"weights/{name}"]), name
+        elif ".fc" in name:
+            assert torch.equal(value, fresh.column_state()[name]), name
 
 
 def test_nothing_to_start_from_is_a_line(source, tmp_path):

@@ -15,6 +15,7 @@ from cluster.run.folder import CHECKPOINTS, METRICS
 from cluster.training.gradients import GradientAverage, GradientTree
 from cluster.training.step import TrainStep
 from model.alexnet import AlexNet
+from model.architecture import Design
 from model.column_threads import ColumnThreads
 from model.optimizer import Sgd2012
 from model.schedule import Rates
@@ -26,6 +27,10 @@ LEAVES = 8
 EXACT = replace(
     CONFIG, exact=True, batch_size=2 * LEAVES, microbatch=2, statistics_every=2, ledger=True,
     replicas=f"1:{LEAVES}", validate_every=2,
+)  # fmt: skip
+LOCAL = replace(
+    EXACT, lars=0.002, warmup=0.4, layer_decays=("local3=0.004",),
+    design=Design(net="local11", lrn_size=9, lrn_alpha=1e-3, norm_layers=("conv2=scale",)),
 )  # fmt: skip
 TIMES = ("compute", "data_wait", "exchange", "exchange_bytes", "img_s", "memory", "replicas",
          "reduce", "saving", "seconds", "stall", "wait_")  # fmt: skip
@@ -40,6 +45,7 @@ def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     root = tmp_path_factory.mktemp("exact")
     alone(EXACT, tiny_data, root / "whole")
+    alone(LOCAL, tiny_data, root / "local, whole")
     cut_at(3, root / "whole", root / "grown")
     samples = Manifest.load(tiny_data).split("train", tiny_data).samples
     epochs = replace(EXACT, batch_size=samples // 4, microbatch=0, checkpoint_every=4,
@@ -48,6 +54,7 @@ def runs(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         alone(replace(epochs, steps=end), tiny_data, root / "borders")
     calls = [
         Call(EXACT, tiny_data, root / "two pairs"),
+        Call(LOCAL, tiny_data, root / "local, two pairs"),
         Call(EXACT, tiny_data, root / "grown"),
         Call(replace(epochs, steps=12), tiny_data, root / "borders"),
     ]
@@ -79,6 +86,10 @@ def assert_same_bits(whole: Path, other: Path) -> None:
 def test_losses_statistics_and_state_have_the_bits_of_one_process(runs: Path, name: str) -> None:
     assert_same_bits(runs / "whole", runs / name)
     assert {row["replicas"] for row in rows(runs / name)} == ({2} if name != "grown" else {1, 2})
+
+
+def test_so_they_have_with_locally_connected_layers_and_lars(runs: Path) -> None:
+    assert_same_bits(runs / "local, whole", runs / "local, two pairs")
 
 
 @pytest.mark.slow
@@ -179,18 +190,19 @@ def test_a_column_that_fails_is_named_by_its_own_error_and_both_go_on() -> None:
         torch.testing.assert_close(a, net(images))
 
 
-def test_columns_are_updated_with_the_bits_that_they_get_alone() -> None:
+@pytest.mark.parametrize("trust", [0.0, 0.01])
+def test_columns_are_updated_with_the_bits_that_they_get_alone(trust: float) -> None:
     """The processor computes in vectors, and the first column ends within one."""
     pieces = torch.randn(2, 13, generator=torch.Generator().manual_seed(0))
     gradients = torch.randn(2, 13, generator=torch.Generator().manual_seed(1))
 
     def update(values: Tensor, given: Tensor, columns: int) -> Tensor:
         weight = nn.Parameter(values.clone())
-        optimizer = Sgd2012([("conv1.weight", weight)], columns=columns)
+        optimizer = Sgd2012([("conv1.weight", weight)], columns=columns, trust=trust)
         for _ in range(3):
             weight.grad = given.clone()
             optimizer.step(Rates(0.0123, 0.02))
         return weight.detach()
 
-    alone = torch.cat([update(pieces[c], gradients[c], 1) for c in (0, 1)])
-    assert torch.equal(update(pieces.flatten(), gradients.flatten(), 2), alone)
+    alone = torch.cat([update(pieces[c, :, None], gradients[c, :, None], 1) for c in (0, 1)])
+    assert torch.equal(update(pieces.view(26, 1), gradients.view(26, 1), 2), alone)

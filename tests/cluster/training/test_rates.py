@@ -69,6 +69,26 @@ def test_manual_changes_hold_from_the_first_step_that_begins_at_their_epoch(tmp_
     assert [event.step for event in story.heard if isinstance(event, Rated)] == [7, 10, 14]
 
 
+def test_warm_up_rises_to_the_schedule_and_poly_falls_to_nothing(tmp_path: Path) -> None:
+    """12 images a step of 80: a warm-up of 1.2 epochs is 8 steps, as in Goyal et al., from 1/4."""
+    settings = {"batch_size": 12, "warmup": 1.2, "warmup_lr": 0.0025, "layer_rates": ("fc8=10",)}
+    constant = recipe(total=40, schedule="manual", changes=("3 lr 0.1",), **settings)
+    control = RateControl(constant, tmp_path, ProcessMesh(), lambda _: None, 0)
+    for step in range(1, 41):
+        share = min(1.0, 0.25 + 0.75 * step / 8)
+        lr = 0.01 if step <= 20 else 0.1
+        found = control.at(step)
+        expected = (lr * share, 0.02 * share, lr * 10 * share, 0.2 * share)
+        assert (found.weights, found.biases, *found.layers["fc8"]) == pytest.approx(expected)
+    assert control.at(9) == Rates(0.01, 0.02, {"fc8": (0.1, 0.2)})
+    poly = recipe(total=40, schedule="poly", lr_power=2.0, **settings)
+    control = RateControl(poly, tmp_path / "poly", ProcessMesh(), lambda _: None, 0)
+    for step in range(1, 41):
+        share = min(1.0, 0.25 + 0.75 * step / 8) * (1 - (step - 1) / 40) ** 2
+        assert control.at(step).weights == pytest.approx(0.01 * share)
+    assert control.at(40).weights == pytest.approx(0.01 / 1600)
+
+
 def test_manual_rates_are_scaled_with_the_batch_and_colour_is_not() -> None:
     made = recipe(
         schedule="manual", changes=("1 lr 0.1", "1 colour 0.1"), rate_scaling="sqrt", batch_size=512
