@@ -184,7 +184,7 @@ class Design:
             self._check_type(field.name)
         if self.columns not in (1, 2):
             raise ValueError(f"columns is {self.columns}; a network has 1 or 2")
-        smallest = 1 / min(layer.maps for layer in self._table() if layer.maps)
+        smallest = 1 / min(layer.maps for layer in self._select_rows() if layer.maps)
         if not self.width <= WIDEST:  # a NaN is no number to compare with
             raise ValueError(f"width is {self.width!r:.40}; it must be finite, {WIDEST} at most")
         if self.width < smallest:

@@ -200,7 +200,7 @@ def test_a_preset_is_found_by_its_name_from_any_folder(name, tmp_path, monkeypat
     ("name", "folder", "words"),
     [
         ("dexq", PRESETS, ["dexq cannot be read", "did you mean dexp?"]),
-        ("zzz", PRESETS, ["zzz cannot be read", "there are conv6, demo"]),
+        ("zzz", PRESETS, ["zzz cannot be read", "there are batch256, conv6, demo"]),
         ("small/figure2", PRESETS / "studies", ["small/figure2", "did you mean small/figure1"]),
     ],
 )

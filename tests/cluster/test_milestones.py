@@ -69,6 +69,7 @@ def test_only_a_run_on_the_classes_of_the_published_one_is_compared(
     for count in classes:
         monkeypatch.setattr(components, "CLASSES", count)
         run = tmp_path / str(count)
+        run.mkdir()
         mesh = ProcessMesh()
         with components.prepare_training(config, str(tiny_data), run, mesh, print, ()) as training:
             is_compared = training.net.classes == count

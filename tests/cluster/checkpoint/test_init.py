@@ -165,9 +165,9 @@ def test_conv6_is_taken_where_it_is_and_not_thrown_away() -> None:
 
 
 def test_the_convolutions_alone_are_taken_and_a_bottleneck_is_left_with_the_last_layer() -> None:
-    """As 146-2011 began with the convolutions of 146-2009, and 146-2012 without its bottleneck."""
+    """146-2011 began with the convolutions of 146-2009, and 146-2012 without its bottleneck."""
     names = ("conv1", "conv6", "fc6", "bottleneck", "fc8")
-    there = {f"a.{name}.weight": torch.empty(1) for name in names}
+    there = {f"a.{name}.weight": torch.ones(1) for name in names}
     other = {f"a.{name}.weight": torch.empty(2) for name in ("fc6", "fc8")}
     own = {key: there[key] for key in ("a.conv1.weight", "a.conv6.weight")} | other
     layers = ["conv1", "conv6", "fc6", "fc8"]
@@ -176,7 +176,7 @@ def test_the_convolutions_alone_are_taken_and_a_bottleneck_is_left_with_the_last
     assert match_layers(same, there, layers, "X") == list(there)[:3]
     with pytest.raises(UsageError, match=r"a.fc6.weight is \[1\], and this network's \[2\]"):
         match_layers(own, there, layers, "X")
-    net = AlexNet(classes=4, design=Design(conv6=True, bottleneck=8, width=1 / 16))
+    net = AlexNet(classes=4, design=Design(conv6=True, bottleneck=32, width=1 / 16))
     assert list_fresh_layers(net, "conv") == ["fc6", "fc7", "bottleneck", "fc8"]
     assert list_fresh_layers(net, "all") == []
 
