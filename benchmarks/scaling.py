@@ -123,9 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the figures that go in, and the table that comes out."""
     figures = tyro.cli(Figures, args=argv, prog="python benchmarks/scaling.py")
     print(
-        f"computed, not measured: {figures.rate:,.0f} img/s a GPU, {figures.decoding:,.0f} decoded, "
-        f"{figures.within / 1e9:g} GB/s within a node of {NODE}, {figures.between / 1e9:g} GB/s "
-        "between nodes\n"
+        f"computed, not measured: {figures.rate:,.0f} img/s a GPU, {figures.decoding:,.0f} "
+        f"decoded, {figures.within / 1e9:g} GB/s within a node of {NODE}, "
+        f"{figures.between / 1e9:g} GB/s between nodes\n"
     )
     print(format_table(figures))
 
