@@ -96,7 +96,10 @@ OTHERS = [
     {"norm": "lcn", "conv6": True},
     {"norm": "batch", "dropout": False, "relu_first": False},
     {"norm": "spatial", "net": "four", "width": 0.5},
-]
+    {"net": "local11", "width": 0.25, "norm_layers": ("conv2=scale",), "lrn_size": 9, "lrn_k": 1.0},
+    {"communication": False, "bottleneck": 32, "lrn_across": True, "lrn_alpha": 5e-4,
+     "lrn_beta": 0.5, "middle_std": 0.01},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", OTHERS, ids=lambda changes: "-".join(changes))
