@@ -7,10 +7,8 @@ import functools
 import inspect
 import itertools
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from numbers import Real
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeAlias
@@ -18,15 +16,15 @@ from typing import Any, Concatenate, NoReturn, ParamSpec, TypeAlias
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pipeline.remote.dataset import open_dataset
-from pipeline.remote.local import Dataset, LocalDataset
+from pipeline.dataset.segments import Segment, find_divergence, parse_segments
+from pipeline.remote.local import LocalDataset
 from pipeline.stream.config import Crop, StreamConfig
 from pipeline.stream.decode import DecodedBatch, can_keep_crops
 from pipeline.stream.fields import StoredSample
 from pipeline.stream.ledger.format import LedgerHeader
 from pipeline.stream.ledger.writer import Ledger
 from pipeline.stream.loader import BatchReader, DecodeFailure, EncodedBatch, Loader
-from pipeline.stream.mixture import MixedReader
+from pipeline.stream.mixture import Data, MixedReader, check_shares, open_datasets
 from pipeline.stream.normalization import crop_mean_image
 from pipeline.stream.operators import import_dali
 from pipeline.stream.quarantine import UNDECODABLE
@@ -38,8 +36,6 @@ from pipeline.tools.errors import UsageError
 __all__ = ["Batch", "Crop", "EpochIterable", "StoredSample", "Stream", "StreamConfig"]
 
 P = ParamSpec("P")
-DataPath: TypeAlias = str | os.PathLike[str]
-Data: TypeAlias = DataPath | Mapping[DataPath, float]
 _Init: TypeAlias = Callable[["Stream", Data, StreamConfig], None]
 
 
@@ -167,12 +163,10 @@ class Stream:
     def __init__(self, data: Data, config: StreamConfig) -> None:
         """Open a split of a dataset; the arguments are explained above."""
         import_dali()
-        shares = _check_shares(data)
-        self._datasets = [
-            open_dataset(one, cache=config.cache, cache_size=config.cache_size) for one in shares
-        ]
+        shares = check_shares(data)
+        self._datasets = open_datasets(list(shares), config)
         self._reader = reader = BatchReader(self._datasets, config, tuple(shares.values()))
-        _check_cache(reader, self._datasets)
+        _check_cache(reader)
         self.channel_mean = reader.statistics.channel_mean
         """float64 [3]: the mean of each channel over the training set."""
         self.mean = reader.normalization.subtracted
@@ -186,7 +180,8 @@ class Stream:
         """Seconds that `next` has waited so far, by the stage that was not ready. A stream that is
         fast enough has next to none, because it prefetches."""
         self.data_sha256 = reader.selection.identity
-        """Identity of the data set: the SHA-256 of its manifest; of a mixture, of all manifests."""
+        """Identity of the data set: the SHA-256 of its manifest; of a mixture, of all manifests; of
+        segments, that of the first version."""
         self._position = config.position
         self._loader: Loader | None = Loader(reader, config.position, self.waits)
         self._ledger: Ledger | None = None
@@ -200,7 +195,7 @@ class Stream:
 
     @property
     def samples(self) -> int:
-        """Samples of an epoch, N: those of the split that were selected."""
+        """Samples of an epoch, N: those of the split that were selected; of the last segment."""
         return self._reader.order.samples
 
     @property
@@ -261,11 +256,12 @@ class Stream:
         if self._loader is None:
             raise ValueError("this stream was closed")
         own = self._identify()
-        for name in {**own, "selection": None}:
+        for name in (*(one for one in own if one != "segments"), "selection"):
             here, there = own.get(name), state.get(name)
             if there != here:
                 raise ValueError(f"a state of another stream: {name} was {there!r}, is {here!r}")
         config = replace(self._reader.config, position=state.get("position", "missing"))
+        self._check_segments(state.get("segments"), config.position)
         self._loader.close()
         self._position = config.position
         self._loader = Loader(self._reader, config.position, self.waits)
@@ -282,8 +278,25 @@ class Stream:
             "seed": config.seed,
             "shuffle": config.order_name,
         }
-        selection = self._reader.selection.digest
-        return facts | ({"selection": selection} if selection else {})
+        selection = self._reader.selection
+        facts |= {"selection": selection.digest} if selection.digest else {}
+        segments = [list(segment) for segment in selection.segments]
+        return facts | ({"segments": segments} if segments else {})
+
+    def _check_segments(self, rows: object, position: int) -> None:
+        """Refuse a state whose samples before `position` were of other versions than ours are.
+
+        Raises:
+            ValueError: they were, or `rows` are no segments.
+        """
+        whole = (Segment(self.data_sha256, self.samples),)
+        own = self._reader.selection.segments or whole
+        theirs = own[:1] if rows is None else parse_segments(rows)
+        first = find_divergence(own, theirs)
+        if first is not None and first < position:
+            raise ValueError(
+                f"a state of another stream: from position {first} on its version was another"
+            )
 
     @property
     def damaged(self) -> Mapping[int, Damage]:
@@ -471,26 +484,13 @@ class EpochIterable(IterableDataset[Batch]):
         )
 
 
-def _check_shares(data: Data) -> Mapping[DataPath, float]:
-    """Return each dataset with its share in what is delivered.
-
-    Raises:
-        ValueError: no dataset, or a share that is no number above 0.
-    """
-    if isinstance(data, str | os.PathLike):
-        return {data: 1.0}
-    shares = list(data.values()) if isinstance(data, Mapping) else []
-    if not shares or not all(isinstance(x, Real) and 0 < x < math.inf for x in shares):
-        raise ValueError(f"data is {data!r:.200}; a mixture takes datasets with shares above 0")
-    return data
-
-
-def _check_cache(reader: BatchReader, datasets: Sequence[Dataset]) -> None:
+def _check_cache(reader: BatchReader) -> None:
     """Refuse a cache so small that shards would be downloaded again and again.
 
     Raises:
         UsageError: says how much it should hold.
     """
+    datasets = reader.datasets
     remote = [not isinstance(dataset, LocalDataset) for dataset in datasets]
     if not any(remote):
         return

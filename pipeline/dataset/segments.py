@@ -14,6 +14,8 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
+from pipeline.tools.errors import UsageError
+
 Number = TypeVar("Number", int, float, Fraction)
 _IDENTITY = re.compile("[0-9a-f]{64}")
 
@@ -56,6 +58,30 @@ def parse_segments(rows: object) -> Segments:
         segments.append(segment)
     _check_borders(segments)
     return tuple(segments)
+
+
+def parse_versions(value: object) -> int | str | Segments | None:
+    """Return the version or versions that a setting names, in one spelling.
+
+    Args:
+        value: a number, an identity or its first digits, segments (one of them is a version), None.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if value is None or type(value) is int:
+        return value
+    if isinstance(value, str):
+        from pipeline.dataset.versions import parse_version  # here: it brings NumPy
+
+        try:
+            return parse_version(value, "version")
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+    if not isinstance(value, Sequence):
+        raise ValueError(f"version is {value!r:.80}; it takes a number, an identity or segments")
+    segments = parse_segments(value)
+    return segments if len(segments) > 1 else segments[0].version
 
 
 def _check_borders(segments: Sequence[Segment]) -> None:
@@ -121,6 +147,11 @@ def count_epochs(segments: Sequence[Segment], position: int) -> Fraction:
     """Return how many epochs are over at a position, with the part of the one that is not."""
     segment = segments[find_segment(segments, position)]
     return segment.epoch + Fraction(position - segment.position, segment.samples)
+
+
+def find_epoch(segments: Sequence[Segment], position: int) -> int:
+    """Return the epoch that a position lies in."""
+    return int(count_epochs(segments, position))
 
 
 def find_position(segments: Sequence[Segment], epochs: Number) -> Number:

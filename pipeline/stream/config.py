@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pipeline.dataset.segments import Segments, parse_versions
 from pipeline.tools.units import CACHE_SIZE
 
 if TYPE_CHECKING:
@@ -125,6 +126,10 @@ class StreamConfig:
 
     split: str = "train"
     """Split that is delivered: `train`, `val`, or a part that `split_by` names."""
+    version: int | str | Segments | None = None
+    """Version of the data set, by its number, or its identity or eight digits of that; None: the
+    newest. Or several as `segments` has them: one after the other, each from the border of an epoch
+    on, normalized by the statistics of the first; with `once` the last one alone."""
     where: Mapping[str, Any] | npt.NDArray[np.bool_] | None = field(default=None, compare=False)
     """Samples that take part: a mask, bool [N] in stored order; or what all of them have, each one
     value, several, or a function that gets the values of all N samples and returns bool [N]:
@@ -268,6 +273,7 @@ class StreamConfig:
             if not low <= value <= high:  # a NaN is in no range
                 raise ValueError(f"{name} is {value!r:.40}; it must be from {low} to {high}")
         _ = self.color_plan, self.span
+        self._check_version()
         self._check_fields()
         self._check_shape()
         self._check_normalization()
@@ -304,6 +310,22 @@ class StreamConfig:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # only while it is being made
+
+    def _check_version(self) -> None:
+        """Bring the version to one spelling.
+
+        Raises:
+            ValueError: it is none, or its segments do not go with another setting.
+        """
+        self._set("version", parse_versions(self.version))
+        for name in ("where", "split_by", "weights"):
+            if self.segments and getattr(self, name) is not None:
+                raise ValueError(
+                    f"version has {len(self.segments)} segments, which do not go with {name}; "
+                    "name one version"
+                )
+        if self.segments and not isinstance(self.labels, str | None):
+            raise ValueError("version has segments, which do not go with labels of your own")
 
     def _check_shape(self) -> None:
         """Check the settings that say which part of an image is delivered, and how large.
@@ -398,6 +420,11 @@ class StreamConfig:
         if self.split not in self.split_by:
             names = ", ".join(map(repr, self.split_by))
             raise ValueError(f"split is {self.split!r}, and split_by names {names}")
+
+    @property
+    def segments(self) -> Segments:
+        """Segments, if `version` has several."""
+        return self.version if isinstance(self.version, tuple) else ()
 
     @property
     def stored_split(self) -> str:

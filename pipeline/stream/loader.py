@@ -33,7 +33,7 @@ from pipeline.stream.prefetch import Prefetcher
 from pipeline.stream.quarantine import UNDECODABLE, HeaderCheck, Quarantine, TrialDecoder
 from pipeline.stream.selection.filters import select
 from pipeline.stream.selection.record import make_order
-from pipeline.stream.shard_reader import Bytes, Damage
+from pipeline.stream.shard_reader import WITHDRAWN, Bytes, Damage
 from pipeline.stream.timing import Spent, WaitTimes
 from pipeline.stream.transfer import select_gpu, to_device
 from pipeline.tools.errors import REBUILD, DataError
@@ -81,7 +81,7 @@ class BatchReader:
         """Open shards, statistics, order and quarantine.
 
         Args:
-            datasets: one, or those of a mixture.
+            datasets: one, those of a mixture, or the version of each segment.
             config: settings of the stream.
             shares: of the datasets in what is delivered, above 0.
 
@@ -94,15 +94,22 @@ class BatchReader:
         """
         gpu = config.on_gpu
         members = tuple(dict.fromkeys((*config.fields, *config.masks)))
-        self.shard_reader = open_reader(datasets, config.stored_split, maps=not gpu, fields=members)
+        read = datasets[-1:] if config.segments and config.once else datasets
+        self.shard_reader = open_reader(
+            read, config.stored_split, maps=not gpu, fields=members,
+            kind="versions" if config.segments else "mixture",
+        )  # fmt: skip
         self.labels = load_labels(config.labels, len(self.shard_reader))
-        identities = [identity(dataset.folder) for dataset in datasets]
+        identities = [identity(dataset.folder) for dataset in read]
+        self.datasets = read
+        """Datasets that samples are read from."""
         self.selection = select(config, self.shard_reader, identities, shares)
         """Samples that take part."""
         config = fit_config(config, self.shard_reader, self.selection.kept)
         self.config = config
         self.members = MemberReader(self.shard_reader, config)
-        self.statistics = load_statistics(datasets, shares)
+        # A network goes on with the mean that it has learnt with.
+        self.statistics = load_statistics(datasets[:1] if config.segments else datasets, shares)
         self.normalization = Normalization.of(self.statistics, config)
         self.order = make_order(self.selection, config.seed, config.order_name)
         self.quarantine = Quarantine(
@@ -241,11 +248,12 @@ class BatchReader:
         """Put samples into quarantine: from now on others take their places.
 
         Raises:
-            DataError: `strict`.
+            DataError: `strict`, and one is damaged, not withdrawn.
         """
         if self.config.strict:
-            damage = next(iter(damages))
-            raise DataError(f"{damage}; {damage.remedy}")
+            for damage in damages:
+                if damage.reason != WITHDRAWN:
+                    raise DataError(f"{damage}; {damage.remedy}")
         self.quarantine.add(damages)
 
     def _substitute(self, position: int, due: int) -> int:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest
+from pipeline.remote.dataset import open_dataset
 from pipeline.remote.local import Dataset
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.order import Ids
@@ -18,9 +23,50 @@ from pipeline.stream.timing import Spent
 from pipeline.tools.errors import UsageError
 from pipeline.tools.jsonl import hash_json
 
+DataPath: TypeAlias = str | os.PathLike[str]
+Data: TypeAlias = DataPath | Mapping[DataPath, float]
+
+
+def check_shares(data: Data) -> Mapping[DataPath, float]:
+    """Return each dataset with its share in what is delivered.
+
+    Raises:
+        ValueError: no dataset, or a share that is no number above 0.
+    """
+    if isinstance(data, str | os.PathLike):
+        return {data: 1.0}
+    shares = list(data.values()) if isinstance(data, Mapping) else []
+    if not shares or not all(isinstance(x, Real) and 0 < x < math.inf for x in shares):
+        raise ValueError(f"data is {data!r:.200}; a mixture takes datasets with shares above 0")
+    return data
+
+
+def open_datasets(data: Sequence[DataPath], config: StreamConfig) -> list[Dataset]:
+    """Open the datasets of a mixture, or the version of each segment of one.
+
+    Raises:
+        ValueError: a version of a mixture.
+        DuetError: as `open_dataset`.
+    """
+    if len(data) > 1 and config.version is not None:
+        raise ValueError(
+            f"version is {config.version!r:.80}, and data names {len(data)} sets; in a mixture "
+            "name a version by its folder, DATA/versions/000001"
+        )
+    cached: dict[str, Any] = {"cache": config.cache, "cache_size": config.cache_size}
+    if segments := config.segments:
+        return [open_dataset(data[0], version=one.version, **cached) for one in segments]
+    assert not isinstance(config.version, tuple)
+    return [open_dataset(one, version=config.version, **cached) for one in data]
+
 
 def open_reader(
-    datasets: Sequence[Dataset], split: str, *, maps: bool = True, fields: Sequence[str] = ()
+    datasets: Sequence[Dataset],
+    split: str,
+    *,
+    maps: bool = True,
+    fields: Sequence[str] = (),
+    kind: str = "mixture",
 ) -> ShardReader | MixedReader:
     """Open a split of one dataset, or of several as one.
 
@@ -29,13 +75,14 @@ def open_reader(
         split: name of the split.
         maps: as in `ShardReader`.
         fields: as in `ShardReader`.
+        kind: word for several, in messages: a mixture, or versions of one.
 
     Raises:
         UsageError: no such split, no table of a field, or datasets that do not fit each other.
         DataError: an index is damaged, or a shard of a local set is missing.
     """
     readers = [ShardReader(dataset, split, maps=maps, fields=fields) for dataset in datasets]
-    return readers[0] if len(readers) == 1 else MixedReader(readers)
+    return readers[0] if len(readers) == 1 else MixedReader(readers, kind)
 
 
 def fit_config(
@@ -76,7 +123,7 @@ def fit_config(
 class MixedReader:
     """Random access to the samples of several datasets, by ids that count on; see `ShardReader`."""
 
-    def __init__(self, readers: Sequence[ShardReader]) -> None:
+    def __init__(self, readers: Sequence[ShardReader], kind: str = "mixture") -> None:
         """Take open readers of two datasets or more, which the mixture closes.
 
         Raises:
@@ -88,7 +135,7 @@ class MixedReader:
         self.shards = [shard for reader in readers for shard in reader.shards]
         """Shards of all datasets, one after the other."""
         digest = hash_json([one.manifest.splits[one.split].index_sha256 for one in readers])
-        self.split = f"{readers[0].split} of mixture {digest[:8]}"
+        self.split = f"{readers[0].split} of {kind} {digest[:8]}"
         self.manifest = readers[0].manifest
         """Manifest of the first dataset: classes, encoding and sizes are those of all."""
         self.encoding = self.manifest.encoding

@@ -34,6 +34,7 @@ from pipeline.dataset.members import (
 )
 from pipeline.dataset.samples import group_samples
 from pipeline.dataset.tar import read_members
+from pipeline.dataset.versions import find_withdrawn
 from pipeline.remote.local import Dataset, LocalDataset
 from pipeline.stream.order import Ids
 from pipeline.stream.timing import Spent
@@ -50,6 +51,8 @@ OPEN_FILES = 256
 
 UNUSABLE = "it cannot be used"
 """Beginning of the fault of a member whose bytes are as packed, and that cannot be parsed."""
+WITHDRAWN = "withdrawn"
+"""Reason for which a sample of an older version is delivered no more, whatever its bytes are."""
 
 
 class Damage(NamedTuple):
@@ -67,6 +70,8 @@ class Damage(NamedTuple):
     @property
     def remedy(self) -> str:
         """Way out, in a few words."""
+        if self.reason == WITHDRAWN:
+            return "the newest version of the set is without it"
         if UNUSABLE in self.reason:
             return "its bytes are as they were packed; mend it at its source"
         return "duet verify lists all damage"
@@ -114,6 +119,9 @@ class ShardReader:
         """Height and width of every image in pixels; None where they differ."""
         self._dataset = dataset
         self._index = load_index(dataset.folder, split, manifest)
+        names = [shard.name for shard in found.shards]
+        gone = find_withdrawn(dataset.load_withdrawn(), names, self._index)
+        self._withdrawn = frozenset(gone.tolist())
         self._starts = np.cumsum([0, *(shard.samples for shard in found.shards)])
         self._tables = found.tables
         self._texts: dict[TextKind, TextTable] = {}
@@ -193,7 +201,8 @@ class ShardReader:
 
         Returns:
             The samples, uint8 [size] each, as views of the buffer or of their mapped shards, and
-            the damage at each place of `ids` whose bytes are not those that were packed.
+            the damage at each place of `ids` whose bytes are not those that were packed, or whose
+            sample was withdrawn.
 
         Raises:
             DuetError: a whole shard cannot be read or fetched.
@@ -209,6 +218,10 @@ class ShardReader:
         start = 0
         columns = (rows[name].tolist() for name in ("shard", "offset", "size", "crc"))
         for place, (shard, offset, size, crc) in enumerate(zip(*columns, strict=True)):
+            if self._withdrawn and (sample := int(ids[place])) in self._withdrawn:
+                damaged[place] = self.make_damage(sample, WITHDRAWN)
+                views.append(np.zeros(size, np.uint8))
+                continue
             if self.maps and self._read_before[ids[place]]:
                 file = self._file(shard)
                 # Touching what was cut off since the shard was mapped would raise SIGBUS.

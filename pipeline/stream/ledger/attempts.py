@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from pipeline.dataset.manifest import Manifest, identity
+from pipeline.dataset.manifest import find_root
+from pipeline.dataset.segments import Segments, find_divergence, find_epoch
+from pipeline.dataset.versions import SealedVersion, list_versions, read_local
 from pipeline.stream.config import split_batch
 from pipeline.stream.ledger.findings import LISTED, LedgerFinding, find_runs, format_runs, pluralize
 from pipeline.stream.ledger.format import ENDING, LedgerFile, scan_ledger
@@ -72,20 +74,24 @@ class RunLedgers(NamedTuple):
     """Reason why the first line cannot be read, of each damaged file."""
     selection: Selection | None
     """The samples that took part; None: all of the split, each once an epoch."""
+    segments: Segments
+    """Segments of the last attempt; what an earlier one has read of other versions, from where they
+    differ on, was made again and does not count."""
+    versions: tuple[SealedVersion, ...]
+    """Version of each segment; of a mixture, that of the set that was named."""
 
 
-def open_ledgers(data: Path, manifest: Manifest, runs: Sequence[Path]) -> RunLedgers:
+def open_ledgers(data: Path, runs: Sequence[Path]) -> RunLedgers:
     """Open all ledgers of a run, and check that they belong together.
 
     Args:
         data: folder of the dataset.
-        manifest: manifest of the dataset.
         runs: folders of runs (RUN with RUN/ledger in it), or folders with ledgers.
 
     Raises:
         UsageError: a folder without ledgers, or a ledger of another dataset, split, seed,
             shuffle or selection, or no ledger that can be read.
-        DamagedFile: the selection beside the ledgers is missing or damaged.
+        DamagedFile: the selection beside the ledgers, or a manifest, is missing or damaged.
     """
     files, torn, unreadable = [], 0, {}
     for path in _list_ledgers(runs):
@@ -100,14 +106,21 @@ def open_ledgers(data: Path, manifest: Manifest, runs: Sequence[Path]) -> RunLed
     if not files:
         reasons = [f"{path}: {reason}" for path, reason in unreadable.items()]
         raise UsageError(f"no ledger can be read ({reasons[0] if reasons else 'all are empty'})")
-    known = identity(data)
+    root = find_root(data)
+    known = {one.identity: one for one in list_versions(read_local(root), str(root))}
     selections: dict[str, Selection | None] = {"": None}
     for file in files:
         if (digest := file.header.selection) not in selections:
             selections[digest] = Selection.load(file.path.parent, digest)
-        _check_dataset(file, data, manifest, known, selections[digest])
+        _check_dataset(file, data, known, selections[digest])
         _check_run(file, files[0])
-    return RunLedgers(files, torn, unreadable, selections[files[0].header.selection])
+    segments, selection = files[-1].segments, selections[files[0].header.selection]
+    for number, file in enumerate(files):
+        if (limit := find_divergence(file.segments, segments)) is not None:
+            files[number] = replace(file, limit=limit)
+    wanted = selection.identities if selection else [segment.version for segment in segments]
+    versions = tuple(known[identity] for identity in wanted if identity in known)
+    return RunLedgers(files, torn, unreadable, selection, segments, versions)
 
 
 def _list_ledgers(runs: Sequence[Path]) -> list[Path]:
@@ -125,24 +138,37 @@ def _list_ledgers(runs: Sequence[Path]) -> list[Path]:
 
 
 def _check_dataset(
-    file: LedgerFile, data: Path, manifest: Manifest, known: str, selection: Selection | None
+    file: LedgerFile, data: Path, known: Mapping[str, SealedVersion], selection: Selection | None
 ) -> None:
     header = file.header
-    identities = selection.identities if selection else (header.data_sha256,)
-    if known not in identities:
-        named = "any of its mixture" if len(identities) > 1 else f"manifest {identities[0][:12]}"
-        raise UsageError(
-            f"ledger {file.path} is of another data set ({named}, that of {data} is "
-            f"{known[:12]}); name the set it was trained on"
-        )
-    samples = manifest.split(header.split, data).samples
-    if selection is not None and len(identities) > 1:
-        samples = selection.stored
-    if header.samples != samples:
-        raise UsageError(
-            f"ledger {file.path} counts {header.samples} samples, split {header.split!r} of {data} "
-            f"has {samples}; leave this file out"
-        )
+    counts = [(segment.version, segment.samples) for segment in file.segments]
+    if selection is not None and len(selection.identities) > 1:
+        if not known.keys() & set(selection.identities):
+            _refuse(file, data, known, "any of its mixture")
+        if header.samples != selection.stored:
+            _refuse_count(file, data, header.samples, selection.stored)
+        return
+    for identity, samples in counts:
+        if identity not in known:
+            _refuse(file, data, known, f"manifest {identity[:12]}")
+        stored = known[identity].manifest.split(header.split, data).samples
+        if samples != stored:
+            _refuse_count(file, data, samples, stored)
+
+
+def _refuse(file: LedgerFile, data: Path, known: Iterable[str], named: str) -> NoReturn:
+    newest = next(iter(known))
+    raise UsageError(
+        f"ledger {file.path} is of another data set ({named}, that of {data} is {newest[:12]}); "
+        "name the set it was trained on"
+    )
+
+
+def _refuse_count(file: LedgerFile, data: Path, samples: int, stored: int) -> NoReturn:
+    raise UsageError(
+        f"ledger {file.path} counts {samples} samples, split {file.header.split!r} of {data} has "
+        f"{stored}; leave this file out"
+    )
 
 
 def _check_run(file: LedgerFile, first: LedgerFile) -> None:
@@ -210,9 +236,9 @@ class _Gap:
 class Gaps:
     """Collects positions that no rank delivered, and finds the rank that should have."""
 
-    def __init__(self, attempts: Sequence[LedgerAttempt], samples: int) -> None:
+    def __init__(self, attempts: Sequence[LedgerAttempt], segments: Segments) -> None:
         self._attempts = attempts
-        self._samples = samples
+        self._segments = segments
         self._gaps: dict[tuple[int, int], _Gap] = {}
         self._starts = np.sort([attempt.position for attempt in attempts])
         # An attempt that starts at a position says that everything before it was consumed.
@@ -263,8 +289,9 @@ class Gaps:
 
     def _make_finding(self, attempt: int, rank: int, gap: _Gap) -> LedgerFinding:
         first = gap.runs[0][0]
+        epoch = find_epoch(self._segments, first)
         where = format_runs("position", gap.runs[:LISTED], more=len(gap.runs) > LISTED)
-        what = f"{where} ({pluralize(gap.count, 'sample')}, from epoch {first // self._samples} on)"
+        what = f"{where} ({pluralize(gap.count, 'sample')}, from epoch {epoch} on)"
         files: tuple[str, ...] = ()
         if attempt == _BETWEEN:
             who = self._describe_neighbors(first, rank)
@@ -282,7 +309,7 @@ class Gaps:
         return LedgerFinding(
             kind="missing",
             reason=f"nobody delivered {what}; {who}",
-            epoch=first // self._samples,
+            epoch=epoch,
             position=first,
             count=gap.count,
             files=files,

@@ -39,13 +39,33 @@ class LedgerFinding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SegmentProof:
+    """Part of a proof about one version of the data set that was read."""
+
+    version: str
+    """Identity of the version."""
+    number: int
+    """Its number."""
+    samples: int
+    """Number of samples in an epoch, N."""
+    position: int
+    """First position."""
+    epoch: int
+    """First epoch."""
+    epochs: tuple[int, ...]
+    """Epochs delivered completely, each sample once."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Proof:
     """Result of reading the ledgers of a run: the errors, or the proof of exactly once."""
 
     findings: tuple[LedgerFinding, ...]
     """Errors; if empty, each epoch was delivered exactly once."""
     samples: int
-    """Number of samples in an epoch, N."""
+    """Number of samples in an epoch, N; of the last segment."""
+    segments: tuple[SegmentProof, ...] = ()
+    """Versions that were read one after the other; empty if there is one."""
     replaces: bool = False
     """True if samples were drawn by weight or from several datasets: then each delivery was the one
     that was due, and an epoch is N of them."""
@@ -61,6 +81,8 @@ class Proof:
     """World size of each attempt, in order of time."""
     deliveries: int
     """Number of samples in all ledgers."""
+    superseded: int = 0
+    """Number of those that do not count: a restart has read another version there."""
     again: int
     """Number of samples delivered again after restarts."""
     compared: int
@@ -76,20 +98,31 @@ class Proof:
 
     def summary(self) -> str:
         """Return the proof in one line; only meaningful without findings."""
-        epoch, place = divmod(self.position, self.samples)
-        parts = []
-        if self.epochs:
-            times = f"{len(self.epochs)} x {self.samples:,} samples"
-            epochs = format_runs("epoch", find_runs(np.array(self.epochs)))
-            how = f"as drawn ({times})" if self.replaces else f"exactly once ({times})"
-            parts.append(f"{epochs} {how}")
+        parts = [
+            self._describe_epochs(one.epochs, one.samples, f" of version {one.number}")
+            for one in self.segments
+            if one.epochs
+        ]
+        if self.epochs and not self.segments:
+            parts = [self._describe_epochs(self.epochs, self.samples)]
+        start, first, samples = 0, 0, self.samples
+        for one in self.segments:
+            if one.position <= self.position:
+                start, first, samples = one.position, one.epoch, one.samples
+        epoch, place = divmod(self.position - start, samples)
         if place or not self.epochs:
-            parts.append(f"epoch {epoch} to {place:,}")
+            parts.append(f"epoch {first + epoch} to {place:,}")
         *most, last = map(str, dict.fromkeys(self.worlds))
         worlds = f"{', '.join(most)} and {last}" if most else last
         tries = pluralize(len(self.worlds), "attempt")
         ranks = "rank" if set(self.worlds) == {1} else "ranks"
         return "; ".join([", ".join(parts), f"{tries} on {worlds} {ranks}" + self._notes()])
+
+    def _describe_epochs(self, epochs: Sequence[int], samples: int, about: str = "") -> str:
+        """Return, for example, `epochs 0-3 of version 1 exactly once (4 x 60 samples)`."""
+        times = f"{len(epochs)} x {samples:,} samples"
+        how = f"as drawn ({times})" if self.replaces else f"exactly once ({times})"
+        return f"{format_runs('epoch', find_runs(np.array(epochs)))}{about} {how}"
 
     def _notes(self) -> str:
         text = ""
@@ -99,6 +132,8 @@ class Proof:
             if self.compared < self.again:
                 other = self.again - self.compared
                 text += f" (but the pixels of {other:,} were made otherwise, and not compared)"
+        if self.superseded:
+            text += f"; {pluralize(self.superseded, 'sample')} of an older version made again"
         if self.replaced:
             text += f"; {self.replaced:,} replaced"
         if self.torn:

@@ -23,13 +23,15 @@ import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
 
-from pipeline.stream.config import StreamConfig, split_batch
+from pipeline.dataset.segments import Segment, Segments, parse_segments
+from pipeline.stream.config import MAX_POSITION, StreamConfig, split_batch
 from pipeline.stream.order import Ids
 from pipeline.stream.selection.record import Selection
 from pipeline.tools.jsonl import parse_json
 
-VERSION = 2
-"""Newest version; those that wrote 1 would take all checksums of a CPU for `crc32`."""
+VERSION = 3
+"""Newest version, of runs over several versions of their data set; those that wrote 1 would take
+all checksums of a CPU for `crc32`, and those that wrote 2 know no segments."""
 ENDING = ".ledger"
 FRAME = struct.Struct("<IIQII")
 _AFTER_CRC = 4
@@ -45,10 +47,14 @@ class LedgerHeader:
     """`manifest.identity` of the dataset."""
     split: str
     samples: int
-    """Number of samples in the split, N; of a mixture, in the splits of all datasets."""
+    """Number of samples in the split, N; of a mixture, in the splits of all datasets; of segments,
+    in those of all."""
     selection: str = ""
     """`Selection.digest`; the file beside the ledger has its name. Empty: all samples of a split,
     each once an epoch. Older files lack it."""
+    segments: Segments = ()
+    """Versions that were read one after the other; ids count on from one to the next. Empty: one.
+    Only then `data_sha256` is not that of all, but of the first."""
     seed: int
     """Seed of order and augmentation."""
     shuffle: str
@@ -109,6 +115,7 @@ class LedgerHeader:
         facts["colour"] = config.color_plan.given
         facts["device"] = "gpu" if config.on_gpu else "cpu"
         facts["checksum"] = "crop-crc32" if of_crops else ""
+        facts["segments"] = selection.segments
         return cls(
             data_sha256=selection.identity,
             samples=selection.stored,
@@ -123,7 +130,11 @@ class LedgerHeader:
 
     def to_line(self) -> bytes:
         """Return the first line of a file."""
-        facts = {"ledger": 1 if self.checksum == "crc32" else VERSION, **asdict(self)}
+        facts = {"ledger": 1 if self.checksum == "crc32" else 2, **asdict(self)}
+        if not self.segments:
+            del facts["segments"]
+        else:
+            facts["ledger"] = VERSION
         return (json.dumps(facts) + "\n").encode()
 
     @classmethod
@@ -134,13 +145,15 @@ class LedgerHeader:
             ValueError: the line is not a header; the message says why.
         """
         facts = parse_json(line)
-        if not isinstance(facts, dict) or facts.get("ledger") not in (1, VERSION):
-            raise ValueError(f"its first line is not that of a ledger of version 1 or {VERSION}")
+        if not isinstance(facts, dict) or facts.get("ledger") not in range(1, VERSION + 1):
+            raise ValueError(f"its first line is not that of a ledger of version 1 to {VERSION}")
         facts = {f.name: f.default for f in fields(cls) if f.default is not MISSING} | facts
         if "view" in facts:  # as it was called, in the words it had
             facts["crop"] = {"centre": "center"}.get(facts["view"], facts["view"])
         if facts["mean"] == "picture":
             facts["mean"] = "image"
+        if facts["segments"]:
+            facts["segments"] = parse_segments(facts["segments"])
         if isinstance(facts["mean"], list):
             facts["mean"] = tuple(facts["mean"])
         if isinstance(facts["colour"], list):
@@ -198,6 +211,9 @@ class LedgerFile:
     """True if the last frame is incomplete; it is ignored."""
     damage: str
     """Reason why the rest of the file could not be read; empty if all of it was."""
+    limit: int = MAX_POSITION
+    """Position from which on a later attempt has read another version; what was delivered there
+    does not count."""
 
     @property
     def start(self) -> int:
@@ -209,7 +225,18 @@ class LedgerFile:
         """Position after the last delivery; if there is none, the position of the header."""
         if not len(self.frames):
             return self.header.position
-        return int((self.frames[:, 1] + self.frames[:, 2]).max())
+        return min(self.limit, int((self.frames[:, 1] + self.frames[:, 2]).max()))
+
+    @property
+    def segments(self) -> Segments:
+        """Segments of the attempt: those in the header, or the one version."""
+        return self.header.segments or (Segment(self.header.data_sha256, self.header.samples),)
+
+    @property
+    def superseded(self) -> int:
+        """Number of samples in all frames that do not count."""
+        ends = self.frames[:, 1] + self.frames[:, 2]
+        return int((ends - self.frames[:, 1].clip(min=self.limit)).clip(min=0).sum())
 
     @property
     def deliveries(self) -> int:
@@ -217,7 +244,8 @@ class LedgerFile:
         return int(self.frames[:, 2].sum())
 
     def read(self, first: int, last: int) -> Deliveries:
-        """Return the deliveries at positions [first, last)."""
+        """Return the deliveries at positions [first, last) that count."""
+        last = min(last, self.limit)
         touching = (self.frames[:, 1] < last) & (self.frames[:, 1] + self.frames[:, 2] > first)
         frames = self.frames[touching]
         parts = []

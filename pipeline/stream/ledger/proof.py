@@ -1,164 +1,45 @@
 """Proof from ledgers that each epoch was delivered exactly once, or the errors that forbid it.
 
 Every position must have been delivered; the ids that were due within an epoch must be each of
-0..N-1 once; and what was delivered again after a restart must be what was delivered before, ids
-and pixels. The order itself is not consulted: any permutation will do. Where a stream selected,
-weighted or mixed samples, the order decides: each id must be the one that was due at its position.
+0..N-1 once, N being that of the version that was read; and what was delivered again after a restart
+must be what was delivered before, ids and pixels, but for samples that were withdrawn in between.
+The order itself is not consulted: any permutation will do. Where a stream selected, weighted or
+mixed samples, the order decides: each id must be the one that was due at its position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from pipeline.dataset.index import read_key_from_idx, sample_key
-from pipeline.dataset.manifest import Manifest, Shard
+from pipeline.dataset.index import load_index, read_key_from_idx, sample_key
+from pipeline.dataset.manifest import Manifest, find_root
+from pipeline.dataset.segments import Segment
+from pipeline.dataset.versions import find_withdrawn
+from pipeline.remote.local import LocalDataset
 from pipeline.stream.ledger.attempts import (
     Gaps,
+    RunLedgers,
     find_misplaced_frames,
     group_attempts,
     open_ledgers,
 )
-from pipeline.stream.ledger.findings import LISTED, LedgerFinding, Proof, limit_findings, pluralize
-from pipeline.stream.ledger.format import Deliveries, LedgerFile
-from pipeline.stream.order import Ids, Mixture, Order
-from pipeline.stream.selection.record import Selection, make_order
+from pipeline.stream.ledger.findings import (
+    LISTED,
+    LedgerFinding,
+    Proof,
+    SegmentProof,
+    limit_findings,
+    pluralize,
+)
+from pipeline.stream.ledger.format import LedgerFile
+from pipeline.stream.ledger.replays import DeliveryWindow, Flags, Replays, Stretch
+from pipeline.stream.order import AnyOrder, Ids
+from pipeline.stream.selection.record import make_order
 from pipeline.tools.progress import Progress
-
-Flags = npt.NDArray[np.bool_]
-Numbers = npt.NDArray[np.int32]
-
-
-class _DeliveryWindow:
-    """The first delivery of each position in [first, last), in the order of the files."""
-
-    def __init__(self, first: int, last: int, samples: int) -> None:
-        """Start with nothing delivered; `samples` is N."""
-        size = last - first
-        ids = np.uint32 if samples <= 1 << 32 else np.int64
-        self.first, self.last = first, last
-        self.owner: Numbers = np.full(size, -1, np.int32)
-        """Number of the file with the first delivery; -1 where there is none."""
-        self.due: npt.NDArray[np.integer[Any]] = np.zeros(size, ids)
-        self.delivered: npt.NDArray[np.integer[Any]] = np.zeros(size, ids)
-        self.compared = 0
-        """Number of deliveries whose pixels were compared with those of an earlier one."""
-        self._sums: dict[object, tuple[Numbers, npt.NDArray[np.uint32]]] = {}
-
-    def add_ids(self, number: int, deliveries: Deliveries) -> tuple[Flags, Numbers]:
-        """Add the ids of file `number`.
-
-        Returns:
-            Where they differ from an earlier delivery, and the number of its file; both [n].
-        """
-        at = deliveries.positions - self.first
-        new = self.owner[at] < 0
-        self.owner[at[new]] = number
-        self.due[at[new]] = deliveries.due[new]
-        self.delivered[at[new]] = deliveries.delivered[new]
-        differ = (self.due[at] != deliveries.due) | (self.delivered[at] != deliveries.delivered)
-        return differ, self.owner[at]
-
-    def add_pixels(
-        self, number: int, kind: object, deliveries: Deliveries
-    ) -> tuple[Flags, Numbers]:
-        """Add the checksums of file `number`; only those of the same `kind` are compared.
-
-        Returns:
-            As `add_ids`.
-        """
-        if kind not in self._sums:
-            size = self.last - self.first
-            self._sums[kind] = np.full(size, -1, np.int32), np.zeros(size, np.uint32)
-        owner, sums = self._sums[kind]
-        at = deliveries.positions - self.first
-        new = owner[at] < 0
-        self.compared += len(at) - int(new.sum())
-        owner[at[new]] = number
-        sums[at[new]] = deliveries.checksums[new]
-        return sums[at] != deliveries.checksums, owner[at]
-
-
-@dataclass
-class _ReplayDifference:
-    """The first difference between two files, and the number of differences."""
-
-    position: int
-    sample: int
-    text: str
-    count: int = 0
-
-
-class _Replays:
-    """Collects the differences between deliveries of the same positions, by pair of files."""
-
-    def __init__(self, files: Sequence[LedgerFile], samples: int) -> None:
-        self._files = files
-        self._samples = samples
-        self._found: dict[tuple[str, int, int], _ReplayDifference] = {}
-
-    def compare(self, window: _DeliveryWindow, number: int, deliveries: Deliveries) -> None:
-        """Add the deliveries of file `number` to a window, and record where they differ."""
-        header = self._files[number].header
-        other_ids, owner = window.add_ids(number, deliveries)
-        self._record("ids", number, deliveries, other_ids, owner, window)
-        # Pixels differ between devices, crops, means and colours: those are not compared.
-        color = header.colour, header.colour_divide
-        kind = header.checksum, header.device, header.crop, header.mean, color, header.pixels
-        other_pixels, owner = window.add_pixels(number, kind, deliveries)
-        self._record("pixels", number, deliveries, other_pixels & ~other_ids, owner, window)
-
-    def list_findings(self) -> list[LedgerFinding]:
-        """Return one finding for each pair of files that differ."""
-        return [self._make_finding(*key, difference) for key, difference in self._found.items()]
-
-    def _record(
-        self,
-        what: str,
-        number: int,
-        deliveries: Deliveries,
-        wrong: Flags,
-        owner: Numbers,
-        window: _DeliveryWindow,
-    ) -> None:
-        for other in np.unique(owner[wrong]).tolist():
-            places = np.flatnonzero(wrong & (owner == other))
-            first = int(places[0])
-            position, sample = int(deliveries.positions[first]), int(deliveries.due[first])
-            text = f"the pixels of sample {deliveries.delivered[first]} differ"
-            if what == "ids":
-                slot = position - window.first
-                text = (
-                    f"sample {window.due[slot]} was due and {window.delivered[slot]} delivered, "
-                    f"and the second time {sample} and {deliveries.delivered[first]}"
-                )
-            new = _ReplayDifference(position, sample, text)
-            self._found.setdefault((what, other, number), new).count += len(places)
-
-    def _make_finding(
-        self, what: str, one: int, other: int, difference: _ReplayDifference
-    ) -> LedgerFinding:
-        names = self._files[one].path.name, self._files[other].path.name
-        epoch = difference.position // self._samples
-        positions = pluralize(difference.count, "position")
-        return LedgerFinding(
-            kind="replay",
-            reason=(
-                f"{names[0]} and {names[1]} tell of other {what} at {positions}: at position "
-                f"{difference.position:,} (epoch {epoch}), {difference.text}"
-            ),
-            epoch=epoch,
-            position=difference.position,
-            count=difference.count,
-            ids=(difference.sample,),
-            files=names,
-        )
-
 
 WINDOW = 1 << 22
 """Positions checked together: as many whole epochs as fit, at least one."""
@@ -171,7 +52,8 @@ def prove(data: Path, runs: Sequence[Path]) -> Proof:
     """Prove from all ledgers of a run that each epoch was delivered exactly once.
 
     Args:
-        data: folder of the dataset; only its manifest is read.
+        data: folder of the dataset; its manifests are read, and the indices if samples were
+            withdrawn.
         runs: folders of runs (RUN with RUN/ledger in it), or folders with ledgers.
 
     Raises:
@@ -179,11 +61,9 @@ def prove(data: Path, runs: Sequence[Path]) -> Proof:
             together.
         DataError: the manifest cannot be read.
     """
-    manifest = Manifest.load(data)
-    ledgers = open_ledgers(data, manifest, runs)
-    shards = manifest.splits[ledgers.files[0].header.split].shards
-    foreign = data if manifest.foreign else None
-    prover = _Prover(ledgers.files, shards, foreign, ledgers.selection)
+    Manifest.load(data)
+    ledgers = open_ledgers(data, runs)
+    prover = _Prover(ledgers, data)
     for path, reason in ledgers.unreadable.items():
         prover.add_finding("unreadable", f"{path}: {reason}", files=(path.name,))
     prover.run()
@@ -193,40 +73,57 @@ def prove(data: Path, runs: Sequence[Path]) -> Proof:
 class _Prover:
     """Checks all positions, some epochs at a time, and collects findings."""
 
-    def __init__(
-        self,
-        files: Sequence[LedgerFile],
-        shards: Sequence[Shard],
-        foreign: Path | None,
-        selection: Selection | None,
-    ) -> None:
-        """Args: ledgers, shards of the split, their folder if the shards have keys of their own;
-        the samples that took part, None for all.
-        """
+    def __init__(self, ledgers: RunLedgers, data: Path) -> None:
+        """Args: the ledgers of a run, and the folder of its data set."""
         self.findings: list[LedgerFinding] = []
-        self._foreign = foreign
-        self._files = files
+        self._data, self._versions = find_root(data), ledgers.versions
+        self._files = files = ledgers.files
         self._attempts = group_attempts(files)
-        header = files[0].header
-        self._stored = self._samples = header.samples
+        header, selection, segments = files[0].header, ledgers.selection, ledgers.segments
+        self._split = header.split
         self._order = None
         self._replaces = False
         if selection is not None:
             self._order = make_order(selection, header.seed, header.shuffle)
-            self._samples = self._order.samples
             self._replaces = selection.has_replacement
+            segments = (Segment(header.data_sha256, self._order.samples),)
         self._mixed = selection is not None and len(selection.shards) > 1
-        self._shards = shards
-        self._starts = np.cumsum([0, *(shard.samples for shard in shards)])
-        self._gaps = Gaps(self._attempts, self._samples)
-        self._replays = _Replays(files, self._samples)
+        self._segments = segments
+        self._stored = max(file.header.samples for file in files)
+        withdrawn = self._find_withdrawn() if not self._mixed else np.zeros(0, np.int64)
+        self._gaps = Gaps(self._attempts, segments)
+        self._replays = Replays(files, withdrawn)
         self._whole: list[int] = []
         self._again = self._compared = self._replaced = self._unfinished = 0
         starts = [attempt.position for attempt in self._attempts]
         self._end = max(*starts, *(file.end for file in files))
         if files[0].header.shuffle == "stored":  # one pass; what is beyond pads the last batch
-            self._end = min(self._end, self._samples)
+            self._end = min(self._end, segments[0].samples)
         self._frontier = self._end
+        self._stretches = list(self._list_stretches())
+
+    def _list_stretches(self) -> Iterator[Stretch]:
+        """Yield the stretches that were begun."""
+        ends = [*(segment.position for segment in self._segments[1:]), self._end]
+        offset = 0
+        for segment, end in zip(self._segments, ends, strict=True):
+            last = min(end, self._end)
+            if last > segment.position or segment.position == 0:
+                yield Stretch(segment.position, last, segment.epoch, segment.samples, offset)
+            offset += segment.samples
+
+    def _find_withdrawn(self) -> Ids:
+        """Return the ids, as ledgers have them, of the samples that are withdrawn by now."""
+        root = LocalDataset(self._data)
+        found, offset = [np.zeros(0, np.int64)], 0
+        if withdrawn := root.load_withdrawn():
+            for version in self._versions:
+                manifest = version.manifest
+                shards = [shard.name for shard in manifest.splits[self._split].shards]
+                index = load_index(self._data, self._split, manifest)
+                found.append(find_withdrawn(withdrawn, shards, index) + offset)
+                offset += len(index)
+        return np.concatenate(found)
 
     def add_finding(self, kind: str, reason: str, **facts: Any) -> None:
         """Add an error; `facts` are further fields of `LedgerFinding`."""
@@ -239,9 +136,9 @@ class _Prover:
         reached = 0
         total = sum(file.deliveries for file in self._files)
         with Progress("proving", total=total, unit="samples") as progress:
-            for first, last in self._windows():
+            for stretch, first, last in self._windows():
                 self._gaps.add_run(reached, first)
-                self._check_window(first, last, progress)
+                self._check_window(stretch, first, last, progress)
                 reached = last
         self._gaps.add_run(reached, self._end)
 
@@ -250,7 +147,8 @@ class _Prover:
         findings = self.findings + self._gaps.list_findings() + self._replays.list_findings()
         return Proof(
             findings=tuple(limit_findings(findings)),
-            samples=self._samples,
+            samples=self._stretches[-1].samples,
+            segments=self._describe_segments(),
             replaces=self._replaces,
             epochs=tuple(self._whole),
             position=self._frontier,
@@ -258,6 +156,7 @@ class _Prover:
             files=len(self._files),
             worlds=tuple(attempt.world_size for attempt in self._attempts),
             deliveries=sum(file.deliveries for file in self._files),
+            superseded=sum(file.superseded for file in self._files),
             again=self._again,
             compared=self._compared,
             replaced=self._replaced,
@@ -280,25 +179,49 @@ class _Prover:
             )
             self.add_finding("out of line", reason, position=position, count=wrong, files=(name,))
 
-    def _windows(self) -> Iterator[tuple[int, int]]:
-        """Return first and last position of the windows with any delivery."""
-        epochs = min(WINDOW // self._samples, -(-self._end // self._samples))
-        span = max(1, epochs) * self._samples
-        touched: set[int] = set()
-        for file in self._files:
-            lows = file.frames[:, 1] // span
-            highs = (file.frames[:, 1] + file.frames[:, 2] - 1) // span
-            for step in range(int((highs - lows).max(initial=-1)) + 1):
-                touched.update(np.unique(np.minimum(lows + step, highs)).tolist())
-        return (
-            (number * span, (number + 1) * span)
-            for number in sorted(touched)
-            if number * span < self._end
+    def _describe_segments(self) -> tuple[SegmentProof, ...]:
+        """Return what was proved of each segment, if there are several."""
+        if len(self._segments) == 1:
+            return ()
+        pairs = zip(self._stretches, self._versions, strict=False)
+        return tuple(
+            SegmentProof(
+                version=version.identity,
+                number=version.number,
+                samples=stretch.samples,
+                position=stretch.first,
+                epochs=tuple(
+                    epoch
+                    for epoch in self._whole
+                    if stretch.epoch <= epoch <= stretch.find_epoch(stretch.last - 1)
+                ),
+                epoch=stretch.epoch,
+            )
+            for stretch, version in pairs
         )
 
-    def _check_window(self, first: int, last: int, progress: Progress) -> None:
+    def _windows(self) -> Iterator[tuple[Stretch, int, int]]:
+        """Yield the windows with any delivery: the segment, first and last position."""
+        for stretch in self._stretches:
+            start, end, samples = stretch.first, stretch.last, stretch.samples
+            span = max(1, min(WINDOW // samples, -(-(end - start) // samples))) * samples
+            touched: set[int] = set()
+            for file in self._files:
+                firsts = file.frames[:, 1].clip(min=start)
+                lasts = (file.frames[:, 1] + file.frames[:, 2]).clip(max=min(end, file.limit))
+                inside = firsts < lasts
+                lows = (firsts[inside] - start) // span
+                highs = (lasts[inside] - 1 - start) // span
+                for step in range(int((highs - lows).max(initial=-1)) + 1):
+                    touched.update(np.unique(np.minimum(lows + step, highs)).tolist())
+            for number in sorted(touched):
+                first = start + number * span
+                whole = -(-(end - first) // samples) * samples
+                yield stretch, first, first + min(span, whole)
+
+    def _check_window(self, stretch: Stretch, first: int, last: int, progress: Progress) -> None:
         """Find positions that are missing in a window, and ids that are due twice or never."""
-        window = _DeliveryWindow(first, last, self._stored)
+        window = DeliveryWindow(stretch, first, last, self._stored)
         total = 0
         for number, file in enumerate(self._files):
             if file.start < last and file.end > first:
@@ -314,28 +237,31 @@ class _Prover:
         if len(stopped):
             self._frontier = min(self._frontier, int(stopped[0]))
         self._unfinished += int(owned[max(0, self._frontier - first) :].sum())
-        open_epochs = {*(stopped // self._samples).tolist(), self._end // self._samples}
+        open_epochs = {stretch.find_epoch(one) for one in (*stopped.tolist(), self._end)}
         self._check_epochs(window, owned, open_epochs)
 
-    def _check_epochs(self, window: _DeliveryWindow, owned: Flags, open_epochs: set[int]) -> None:
+    def _check_epochs(self, window: DeliveryWindow, owned: Flags, open_epochs: set[int]) -> None:
         """Check each epoch of a window; in open epochs, missing ids may be due later."""
         if self._order is not None:
             self._check_order(window, owned, self._order)
             return
+        stretch, samples = window.stretch, window.stretch.samples
         times = self._count_due(window, owned)
-        filled = owned.reshape(-1, self._samples).sum(axis=1)
+        filled = owned.reshape(-1, samples).sum(axis=1)
         once = (times == 1).sum(axis=1)
-        epochs = window.first // self._samples + np.arange(len(times))
-        self._whole.extend(epochs[once == self._samples].tolist())
-        for row in np.flatnonzero((once < self._samples) & (filled > 0)).tolist():
+        epochs = stretch.find_epoch(window.first) + np.arange(len(times))
+        self._whole.extend(epochs[once == samples].tolist())
+        for row in np.flatnonzero((once < samples) & (filled > 0)).tolist():
             epoch = int(epochs[row])
-            here = slice(row * self._samples, (row + 1) * self._samples)
+            here = slice(row * samples, (row + 1) * samples)
             order = np.where(owned[here], window.due[here].astype(np.int64), -1)
-            self._add_ids(epoch, "twice", np.flatnonzero(times[row] > 1), order)
-            if filled[row] == self._samples or epoch not in open_epochs:
-                self._add_ids(epoch, "never", np.flatnonzero(times[row] == 0), order)
+            start, offset = window.first + row * samples, stretch.offset
+            self._add_ids(epoch, "twice", offset + np.flatnonzero(times[row] > 1), order, start)
+            if filled[row] == samples or epoch not in open_epochs:
+                never = offset + np.flatnonzero(times[row] == 0)
+                self._add_ids(epoch, "never", never, order, start)
 
-    def _check_order(self, window: _DeliveryWindow, owned: Flags, order: Order | Mixture) -> None:
+    def _check_order(self, window: DeliveryWindow, owned: Flags, order: AnyOrder) -> None:
         """Check that each id of a window is the one that was due there."""
         due = order.list_slots(window.first, window.last - window.first).ids
         wrong = owned & (window.due != due)
@@ -349,41 +275,57 @@ class _Prover:
                 f"{self._files[number].path.name} has {pluralize(len(slots), 'sample')} that were "
                 f"not due: at position {position:,} {self._name_sample(int(window.due[slot]))}, "
                 f"where seed, order and selection have {self._name_sample(int(due[slot]))}",
-                epoch=position // self._samples,
+                epoch=window.stretch.find_epoch(position),
                 position=position,
                 count=len(slots),
                 ids=tuple(window.due[slots[:LISTED]].tolist()),
                 files=(self._files[number].path.name,),
             )
-        whole = (owned & ~wrong).reshape(-1, self._samples).all(axis=1)
-        self._whole.extend((window.first // self._samples + np.flatnonzero(whole)).tolist())
+        whole = (owned & ~wrong).reshape(-1, window.stretch.samples).all(axis=1)
+        first = window.stretch.find_epoch(window.first)
+        self._whole.extend((first + np.flatnonzero(whole)).tolist())
 
-    def _count_due(self, window: _DeliveryWindow, owned: Flags) -> Ids:
+    def _count_due(self, window: DeliveryWindow, owned: Flags) -> Ids:
         """Return how often each id was due in each epoch of a window, [epochs, N]."""
-        known: Flags = (window.due < self._samples) & (window.delivered < self._samples)
+        low, samples = window.stretch.offset, window.stretch.samples
+        high = low + samples
+        known: Flags = (window.due < high) & (window.delivered < high)
+        if low:
+            known &= (window.due >= low) & (window.delivered >= low)
         for slot in np.flatnonzero(owned & ~known)[: LISTED + 1].tolist():
             position, due = window.first + slot, int(window.due[slot])
-            epoch, file = position // self._samples, self._files[window.owner[slot]].path.name
+            epoch, file = (
+                window.stretch.find_epoch(position),
+                self._files[window.owner[slot]].path.name,
+            )
             reason = (
                 f"position {position:,} (epoch {epoch}): sample {due} was due and "
                 f"{window.delivered[slot]} delivered, but the split has only "
-                f"{pluralize(self._samples, 'sample')}"
+                f"{pluralize(samples, 'sample')}{f', from {low:,} on' if low else ''}"
             )
             self.add_finding(
                 "unknown id", reason, epoch=epoch, position=position, ids=(due,), files=(file,)
             )
         slots: Ids = np.flatnonzero(owned & known)
-        keys = slots // self._samples * self._samples + window.due[slots].astype(np.int64)
+        keys = slots // samples * samples + window.due[slots].astype(np.int64) - low
         times = np.bincount(keys, minlength=window.last - window.first)
-        return times.reshape(-1, self._samples)
+        return times.reshape(-1, samples)
 
-    def _add_ids(self, epoch: int, kind: str, ids: Ids, order: Ids) -> None:
-        """Add a finding about `ids`, if there are any; `order` holds the epoch's due ids."""
+    def _add_ids(self, epoch: int, kind: str, ids: Ids, order: Ids, start: int) -> None:
+        """Add a finding about `ids`, if there are any.
+
+        Args:
+            epoch: number of the epoch.
+            kind: of the finding.
+            ids: samples concerned.
+            order: ids that were due in the epoch.
+            start: position at which it begins.
+        """
         if not len(ids):
             return
         names = []
         for sample in ids[:NAMED].tolist():
-            places = (epoch * self._samples + np.flatnonzero(order == sample)[:LISTED]).tolist()
+            places = (start + np.flatnonzero(order == sample)[:LISTED]).tolist()
             where = ", ".join(f"{place:,}" for place in places)
             names.append(
                 self._name_sample(sample) + (f" at positions {where}" if kind == "twice" else "")
@@ -400,11 +342,18 @@ class _Prover:
     def _name_sample(self, sample: int) -> str:
         if self._mixed or not 0 <= sample < self._stored:
             return f"sample {sample}"
-        shard = int(np.searchsorted(self._starts, sample, side="right")) - 1
-        place = sample - int(self._starts[shard])
-        if self._foreign is None:
+        own, version = sample, self._versions[0]
+        for segment, version in zip(self._segments, self._versions, strict=True):  # noqa: B007
+            if own < segment.samples or self._order is not None:
+                break
+            own -= segment.samples
+        shards = version.manifest.splits[self._split].shards
+        starts = np.cumsum([0, *(shard.samples for shard in shards)])
+        shard = int(np.searchsorted(starts, own, side="right")) - 1
+        place = own - int(starts[shard])
+        if not version.manifest.foreign:
             key = sample_key(shard, place)
         else:
-            idx = (self._foreign / self._shards[shard].name).with_suffix(".idx")
+            idx = (self._data / shards[shard].name).with_suffix(".idx")
             key = read_key_from_idx(idx, place) or "unknown"
-        return f"sample {sample} ({self._shards[shard].name}, key {key})"
+        return f"sample {sample} ({shards[shard].name}, key {key})"

@@ -75,12 +75,20 @@ def select(
             )
     weights = None if config.weights is None else samples.weigh(config.weights, kept)
     shards = tuple(tuple(shard.samples for shard in part.shards) for part in reader.parts)
+    segments = config.segments if len(shards) > 1 else ()
+    for segment, sizes in zip(segments, shards, strict=bool(segments)):
+        if segment.samples != sum(sizes):
+            raise UsageError(
+                f"version {segment.version[:12]} has {sum(sizes):,} samples in split "
+                f"{config.split!r}, and its segment {segment.samples:,}; name those of this split"
+            )
     selection = Selection(
         identities=tuple(identities),
         shards=shards,
         shares=tuple(shares),
         kept=kept if kept is not None and not kept.all() else None,
         weights=weights,
+        segments=segments,
     )
     settings = {"where": config.where, "split_by": config.split_by}
     _check_parts(selection, " and ".join(one for one in settings if settings[one] is not None))

@@ -14,13 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.dataset.segments import Segments
 from pipeline.stream.augment import random_uint64
 from pipeline.stream.order import (
+    AnyOrder,
     BlockShuffle,
     FullShuffle,
     Ids,
     Mixture,
     Order,
+    SegmentedOrder,
     StoredOrder,
     WeightedOrder,
     Weights,
@@ -46,6 +49,8 @@ class Selection:
     weights: Weights | None = None
     """float64 [N] by sample id: weight in draws with replacement, 0 or more; None: no such draws,
     each sample that takes part comes once an epoch."""
+    segments: Segments = ()
+    """Segments, if the datasets are versions of one, read one after the other."""
 
     @property
     def stored(self) -> int:
@@ -55,12 +60,12 @@ class Selection:
     @property
     def has_replacement(self) -> bool:
         """True if a sample may come several times in an epoch."""
-        return self.weights is not None or len(self.shards) > 1
+        return self.weights is not None or (len(self.shards) > 1 and not self.segments)
 
     @property
     def identity(self) -> str:
-        """Identity of the dataset; of several, a SHA-256 over theirs and their shares."""
-        if len(self.identities) == 1:
+        """Identity of the dataset, or of its first version; of several, a SHA-256 over all."""
+        if len(self.identities) == 1 or self.segments:
             return self.identities[0]
         return hash_json([self.identities, self.shares])
 
@@ -120,7 +125,7 @@ def _file_name(digest: str) -> str:
     return f"selection-{digest[:16]}.npz"
 
 
-def make_order(selection: Selection, seed: int, name: str) -> Order | Mixture:
+def make_order(selection: Selection, seed: int, name: str) -> AnyOrder:
     """Return the order of the samples.
 
     Args:
@@ -136,7 +141,7 @@ def make_order(selection: Selection, seed: int, name: str) -> Order | Mixture:
     for number, sizes in enumerate(selection.shards):
         here = slice(int(ends[number]) - sum(sizes), int(ends[number]))
         selected = _select_ids(None if selection.kept is None else selection.kept[here])
-        mine = seed if number == 0 else _derive_seed(seed, number)
+        mine = seed if number == 0 or selection.segments else _derive_seed(seed, number)
         if selection.weights is not None:
             weights = selection.weights[here]
             weights = weights if selected is None else weights[selected]
@@ -148,6 +153,8 @@ def make_order(selection: Selection, seed: int, name: str) -> Order | Mixture:
             orders.append(BlockShuffle(sizes, mine, window, selected=selected))
     if len(orders) == 1:
         return orders[0]
+    if selection.segments:
+        return SegmentedOrder(orders, selection.segments)
     return Mixture(orders, selection.shares, np.array([sum(sizes) for sizes in selection.shards]))
 
 
