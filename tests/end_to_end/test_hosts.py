@@ -146,7 +146,7 @@ def test_hosts_that_do_not_reach_each_other_are_named_and_hold_nothing_afterward
     try:
         one = hosts.train(*words)
         one.until("; starting again$")
-        assert one.end() == 3
+        assert one.end() == 3, "\n".join(one.lines)
     finally:
         for host in hosts.network.hosts[1:3]:
             host.isolate(False)
