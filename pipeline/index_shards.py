@@ -65,7 +65,7 @@ from pipeline.dataset.samples import (
     read_classes,
 )
 from pipeline.dataset.shards import find_idx_fault, write_idx
-from pipeline.dataset.tar import escape, extract_fault, read_members
+from pipeline.dataset.tar import TarFault, escape, read_members
 from pipeline.options import IndexConfig
 from pipeline.packing.resize import resample
 from pipeline.sources.listing import Reject, summarize_rejects
@@ -284,11 +284,11 @@ def examine_shard(job: ExamineJob) -> ExaminedShard:
                 raise file.error
             found.sha256 = file.sha256 or ""
             good = list(_examine_samples(file, job, found))
-    except (UsageError, OSError) as error:
+    except (TarFault, OSError) as error:
         if isinstance(error, OSError):
             reason = f"cannot be read ({error.strerror})"
         else:
-            reason = extract_fault(error)
+            reason = error.reason
         found.bad.append(BadSample(found.name, "", reason))
         return found
     idx = job.path.with_suffix(".idx")

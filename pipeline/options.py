@@ -89,7 +89,11 @@ class BuildConfig(Options):
     min_side: int = 8
     """Images with a side shorter than this many pixels are skipped."""
     max_rejects: float = 0.001
-    """Share of all images that may be skipped; with more of them the build fails."""
+    """Share of all images that may be skipped; with more of them the build fails. What lies behind
+    damage of a tar, of a row group or file of parquet, or of a folder counts, too: as many images
+    as its rows say, else by an estimate."""
+    strict: bool = False
+    """Refuse damage of a source at once, by name; without it, a source is skipped from there on."""
     workers: int = cpu_count()
     """Processes that decode and encode."""
     json: bool = False

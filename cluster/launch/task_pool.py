@@ -231,9 +231,11 @@ def _check_node(node: str, target: Target, mark: str, expected: dict[str, str]) 
             f"{target.address} on node {node} is not the folder of this build; name an OUT on "
             "storage that all nodes share"
         )
-    for name, release in library_versions().items():
-        if release != expected[name]:
+    ours = library_versions()
+    for name in sorted({*ours, *expected}):
+        here, there = ours.get(name, "not installed"), expected.get(name, "not installed")
+        if here != there:
             raise SetupError(
-                f"node {node} has {name} {release}, the driver {expected[name]}: their bytes would "
+                f"node {node} has {name} {here}, the driver {there}: their bytes would "
                 "differ; install the same"
             )

@@ -47,8 +47,8 @@ from pipeline.dataset.samples import (
     group_samples,
 )
 from pipeline.dataset.shards import format_idx, parse_idx
-from pipeline.dataset.tar import Member, escape, extract_fault, read_members
-from pipeline.tools.errors import DamagedFile, UsageError, refuse_forbidden
+from pipeline.dataset.tar import Member, TarFault, escape, read_members
+from pipeline.tools.errors import DamagedFile, refuse_forbidden
 from pipeline.tools.files import HashedFile, sha256
 from pipeline.tools.jsonl import parse_rows
 
@@ -226,8 +226,8 @@ class _ShardCheck:
         """Reason that the tar cannot be read to its end; None if it can."""
         try:
             self._entries.extend(read_members(file.stream(), job.shard.name))
-        except UsageError as error:
-            self._fault = extract_fault(error)
+        except TarFault as error:
+            self._fault = error.reason
         except OSError as error:
             self._fault = _describe(error)
         self._samples = list(group_samples(self._entries))

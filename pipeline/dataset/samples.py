@@ -38,6 +38,16 @@ IMAGE_KINDS = (
     "tiff",
     "ppm",
     "pgm",
+    "avif",
+    "heic",
+    "heif",
+    "hif",
+    "jxl",
+    "jp2",
+    "j2k",
+    "j2c",
+    "jpx",
+    "jpf",
 )
 """Last parts of the names of images that can be packed, in lower case."""
 _ARRAY_KINDS = ("npy", "npz", "pyd", "pth")

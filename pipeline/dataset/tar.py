@@ -10,9 +10,9 @@ from __future__ import annotations
 import struct
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from pipeline.tools.errors import UsageError
+from pipeline.tools.errors import MEDIUM_ERRORS, DamagedSource
 from pipeline.tools.files import describe_foreign
 
 ENCODING = ("utf-8", "surrogateescape")
@@ -29,6 +29,9 @@ _WITHOUT_DATA = frozenset({b"1", b"2", b"3", b"4", b"5", b"6"})
 """Links, devices, folders and pipes: no data follow, whatever their size field says."""
 _ZEROS = bytes(BLOCK)
 _SMALLEST, _LARGEST, _NEAR = 8 * BLOCK, 1 << 20, 1 << 16
+_MOST_PADDING = 1 << 20
+"""Most bytes of zeros that end a tar: 10 KiB are usual, and 1 MiB is the largest block of a tape.
+More of them are the rest of a download that was given its size at its beginning."""
 
 
 class Member(NamedTuple):
@@ -42,10 +45,32 @@ class Member(NamedTuple):
     """True for a file with data: no folder, link, device or pipe."""
     hard_link: bool = False
     """True for another name of a file before it, whose data are stored there."""
+    sparse: bool = False
+    """True for a file that is stored without its zeros (and is not `regular` here)."""
+
+
+class TarFault(DamagedSource):
+    """Damage of a tar, whose members before the fault can be read."""
+
+    def __init__(
+        self, name: str, offset: int, reason: str, lost: int = 0, cut: Member | None = None
+    ) -> None:
+        needs = "it must be whole and not compressed"
+        message = f"tar {escape(name)} cannot be read ({reason}); {needs}"
+        super().__init__(message, name, offset, reason, lost)
+        self.cut = cut
+        """The member that goes on after the end of the tar, if that is the fault."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.source, self.offset, self.reason, self.lost, self.cut)
 
 
 def read_members(
-    file: BinaryIO, name: str, start: int = 0, stop: int | None = None
+    file: BinaryIO,
+    name: str,
+    start: int = 0,
+    stop: int | None = None,
+    lenient: bool = False,
 ) -> Iterator[Member]:
     """Yield the members of a tar in the order in which they lie there.
 
@@ -55,15 +80,19 @@ def read_members(
         name: of the tar, for messages.
         start: where the tar begins in `file`, in bytes.
         stop: where it ends; the end of the file if None.
+        lenient: read as a source, not as a shard that others must read, too: tars that were
+            joined are one, a sparse member is yielded, and what a disk cannot read is damage.
 
     Raises:
-        UsageError: damaged, cut off, compressed, sparse or with an absurd header.
+        TarFault: damaged, cut off, compressed, with an absurd header; if not `lenient`, joined or
+            with a sparse member.
         OSError: the file cannot be read.
     """
-    window = _TarWindow(file, name, start, stop)
+    window = _TarWindow(file, name, start, stop, lenient)
     extensions = _Extensions(window)
     place = start
-    while (header := window.header(place)) is not None:
+    while (found := window.next_header(place)) is not None:
+        header, place = found
         raw, size_field, kind, magic, prefix = _HEADER.unpack(header)
         size = window.number(size_field, place)
         if kind in _EXTENSIONS:
@@ -73,30 +102,30 @@ def read_members(
         raw = raw.partition(b"\0")[0]
         if prefix[0] and not magic.startswith(b"ustar "):  # GNU keeps other things there
             raw = prefix.partition(b"\0")[0] + b"/" + raw
+        sparse = False
         if extensions.has_any:
-            raw, size = extensions.apply(raw, size, place)
+            raw, size, sparse = extensions.apply(raw, size, place)
         if kind in _WITHOUT_DATA or (kind == b"\0" and raw.endswith(b"/")):  # V7's folders
             size, raw, regular = 0, raw.rstrip(b"/"), False
         else:
-            regular = kind in _REGULAR
-        member = Member(raw.decode(*ENCODING), place + BLOCK, size, regular, kind == b"1")
-        if kind == b"S" or member.offset + size > window.stop:
-            what = "is stored sparsely" if kind == b"S" else "goes on after its end"
-            raise window.damage(f"{escape(member.name[:200])} {what}")
+            regular = kind in _REGULAR and not sparse
+        if kind == b"S":
+            place, sparse = window.skip_map(header, place), True
+        member = Member(raw.decode(*ENCODING), place + BLOCK, size, regular, kind == b"1", sparse)
+        window.check(member, place)
         yield member
         place += BLOCK - size // -BLOCK * BLOCK
     if extensions.own:
-        raise window.damage("it ends after the first half of a header")
-
-
-def extract_fault(error: UsageError) -> str:
-    """Return the part in brackets of an error of `read_members`: what is wrong with the tar."""
-    return str(error).partition(" cannot be read (")[2].rpartition(")")[0] or str(error)
+        raise window.damage("it ends after the first half of a header", place)
 
 
 def escape(name: str) -> str:
     """Return a name for a message, without characters that control the terminal."""
     return name if name.isprintable() else repr(name)[1:-1]
+
+
+_SPARSE, _SPARSE_NAME = b"GNU.sparse.", b"GNU.sparse.name"
+"""Beginning of the keys of a pax header that tell of a sparse file, and the key of its name."""
 
 
 class _Extensions:
@@ -119,20 +148,24 @@ class _Extensions:
             self.own = self._window.records(content, place) | self.own  # the first one wins
         self.has_any = bool(self.own or self._shared)
 
-    def apply(self, raw: bytes, size: int, place: int) -> tuple[bytes, int]:
-        """Return name and size of the member whose header is at `place`."""
+    def apply(self, raw: bytes, size: int, place: int) -> tuple[bytes, int, bool]:
+        """Return name, size and sparseness of the member whose header is at `place`."""
         known = self._shared | self.own
         if b"size" in known:
             size = self._window.number(known[b"size"], place, base=10)
         self.own, self.has_any = {}, bool(self._shared)
-        return known.get(b"path", raw), size
+        name = known.get(_SPARSE_NAME, known.get(b"path", raw))
+        return name, size, _SPARSE in known
 
 
 class _TarWindow:
     """The block of a tar that is in memory; raises what is wrong with it."""
 
-    def __init__(self, file: BinaryIO, name: str, start: int, stop: int | None) -> None:
+    def __init__(
+        self, file: BinaryIO, name: str, start: int, stop: int | None, lenient: bool = False
+    ) -> None:
         self._file, self._name, self._start = file, name, start
+        self._lenient = lenient
         self.stop = file.seek(0, 2) if stop is None else stop
         self._block, self._base, self._length = b"", start, _SMALLEST
 
@@ -143,11 +176,12 @@ class _TarWindow:
         if len(header) < BLOCK:
             header = self._read(place, BLOCK)
         if header == _ZEROS:
-            self._check_end(place + BLOCK)
+            if not self._lenient:
+                self._check_end(place + BLOCK)
             return None
         if len(header) < BLOCK:
             if self.stop == self._start:
-                raise self.damage("it is empty")
+                raise self.damage("it is empty", place)
             raise self._header_error(
                 header, place, "it has no end mark, so more of it may be missing"
             )
@@ -155,14 +189,72 @@ class _TarWindow:
             raise self._header_error(header, place, f"no valid header at byte {place:,}")
         return header
 
+    def next_header(self, place: int) -> tuple[bytes, int] | None:
+        """Return the header at `place`, or the first of a tar that is joined there, and its place.
+
+        None where the tar ends.
+        """
+        while (header := self.header(place)) is None:
+            if not self._lenient or (following := self.find_next(place)) is None:
+                return None
+            place = following
+        return header, place
+
     def extension(self, place: int, size: int) -> bytes:
         """Return the content of an extension header, if it is not too large."""
         if size > EXTENSION_LIMIT:
-            raise self.damage(f"an extension header of {size:,} bytes at byte {place:,}")
+            raise self.damage(f"an extension header of {size:,} bytes at byte {place:,}", place)
         content = self._read(place, size)
         if len(content) < size:
-            raise self.damage("it ends inside an extension header")
+            raise self.damage("it ends inside an extension header", place)
         return content
+
+    def check(self, member: Member, place: int) -> None:
+        """Refuse a member that is not all there, or that is sparse."""
+        if member.offset + member.size > self.stop:
+            what = "goes on after its end"
+        elif member.sparse and not self._lenient:
+            what = "is stored sparsely"
+        else:
+            return
+        raise self.damage(f"{escape(member.name[:200])} {what}", place, member)
+
+    def skip_map(self, header: bytes, place: int) -> int:
+        """Return the last block of the header of a sparse member, behind the map of its data."""
+        more = header[482]
+        while more:
+            place += BLOCK
+            block = self._read(place, BLOCK)
+            if len(block) < BLOCK:
+                raise self.damage("it ends inside the map of a sparse member", place)
+            more = block[504]
+        return place
+
+    def find_next(self, place: int) -> int | None:
+        """Return where another tar begins behind the end mark at `place`; None if none does.
+
+        Raises:
+            TarFault: there is something else, or there are more zeros than end a tar.
+        """
+        at, zeros = place, True
+        while at < self.stop and zeros:
+            block = self._read(at, min(_LARGEST, self.stop - at))
+            zeros = not block.strip(b"\0")
+            at += len(block) if zeros else len(block) - len(block.lstrip(b"\0"))
+            if not block:
+                break
+        if zeros:
+            if at - place > _MOST_PADDING:
+                what = f"{at - place:,} bytes of zeros at its end, as of an unfinished download"
+                raise self.damage(what, place)
+            return None
+        at -= (at - self._start) % BLOCK
+        header = self._read(at, BLOCK)
+        if len(header) < BLOCK or not _is_checksum_right(header):
+            if at - place == BLOCK:
+                raise self.damage(f"a header of zeros at byte {place:,}", place)
+            raise self.damage(f"other data after its end mark, at byte {at:,}", at)
+        return at
 
     def number(self, field: bytes, place: int, base: int = 8) -> int:
         """Return a size: octal or, of 8 GiB and more, binary (decimal in pax records)."""
@@ -174,7 +266,7 @@ class _TarWindow:
         except ValueError:
             size = -1
         if size < 0:
-            raise self.damage(f"a header without a valid size at byte {place:,}")
+            raise self.damage(f"a header without a valid size at byte {place:,}", place)
         return size
 
     def records(self, content: bytes, place: int) -> dict[bytes, bytes]:
@@ -185,27 +277,27 @@ class _TarWindow:
             length = content[at:space] if space > 0 else b""
             end = at + int(length) if length.isdigit() else 0
             if not at < space < end <= len(content) or content[end - 1] != 0x0A:
-                raise self.damage(f"a damaged extension header at byte {place:,}")
+                raise self.damage(f"a damaged extension header at byte {place:,}", place)
             key, _, value = content[space + 1 : end - 1].partition(b"=")
             if key == b"path":
                 found[key] = value.rstrip(b"/")
             elif key == b"size":
                 found[key] = value
-            elif key.startswith(b"GNU.sparse."):
-                raise self.damage(f"a sparse member at byte {place:,}")
+            elif key.startswith(_SPARSE):
+                if not self._lenient:
+                    raise self.damage(f"a sparse member at byte {place:,}", place)
+                found |= {_SPARSE: b""} | ({key: value} if key == _SPARSE_NAME else {})
             at = end
         return found
 
-    def damage(self, what: str) -> UsageError:
-        """Return an error for the tar."""
-        return UsageError(
-            f"tar {escape(self._name)} cannot be read ({what}); it must be whole and not compressed"
-        )
+    def damage(self, what: str, place: int, cut: Member | None = None) -> TarFault:
+        """Return an error for the tar, which is damaged at `place`."""
+        return TarFault(self._name, place, what, self.stop - place, cut)
 
-    def _header_error(self, header: bytes, place: int, what: str) -> UsageError:
+    def _header_error(self, header: bytes, place: int, what: str) -> TarFault:
         if place == self._start and (foreign := describe_foreign(header)):
             what = f"it is {foreign}"
-        return self.damage(what)
+        return self.damage(what, place)
 
     def _check_end(self, place: int) -> None:
         """Raise if another tar follows: its members would be lost."""
@@ -213,7 +305,7 @@ class _TarWindow:
         at = len(rest) - len(rest.lstrip(b"\0"))
         header = rest[at // BLOCK * BLOCK :][:BLOCK]
         if header[257:262] == b"ustar":
-            raise self.damage(f"it goes on after its end mark, at byte {place + at:,}")
+            raise self.damage(f"it goes on after its end mark, at byte {place + at:,}", place)
 
     def _read(self, place: int, size: int) -> bytes:
         """Return `size` bytes at `place`, fewer where the tar ends."""
@@ -222,12 +314,30 @@ class _TarWindow:
             near = 0 <= at <= len(self._block) + _NEAR
             self._length = min(2 * self._length, _LARGEST) if near else _SMALLEST
             length = max(0, min(max(size, self._length), self.stop - place))
-            self._file.seek(place)
-            self._block = b""
-            while more := self._file.read(length - len(self._block)):
-                self._block += more
-            self._base, at = place, 0
+            try:
+                self._fill(place, length)
+            except OSError as error:
+                if not self._lenient or error.errno not in MEDIUM_ERRORS:
+                    raise
+                self._fill_exactly(place, size)
+            at = 0
         return self._block[at : at + size]
+
+    def _fill(self, place: int, length: int) -> None:
+        self._block, self._base = b"", place
+        self._file.seek(place)
+        while more := self._file.read(length - len(self._block)):
+            self._block += more
+
+    def _fill_exactly(self, place: int, size: int) -> None:
+        """Read no more than is asked for, where the disk fails to read what follows."""
+        self._length = _SMALLEST
+        try:
+            self._fill(place, min(size, self.stop - place))
+        except OSError as error:
+            if error.errno not in MEDIUM_ERRORS:
+                raise
+            raise self.damage(f"{error.strerror} at byte {place:,}", place) from error
 
 
 def _is_checksum_right(header: bytes) -> bool:

@@ -4,6 +4,7 @@ plan         settings of a build and its images' sizes; split, label and place o
 build        driver: plan, pack, write shards, seal; resumes a killed build
 chunks       stage one: a run of source images -> encoded, hashed, measured
 resize       one encoded image -> sRGB pixels of its size -> a JPEG
+formats      formats that need a decoder beside Pillow's own, and what Pillow refuses in PNGs
 duplicates   perceptual hashes -> groups of duplicates
 hamming      groups of hashes within a Hamming distance
 shards       stage two: encoded images in shuffled order -> shards, side files, manifest

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import Manifest
@@ -27,6 +28,7 @@ from pipeline.packing.chunks import (
     make_chunk_job,
     pack_chunk,
 )
+from pipeline.packing.formats import PACKAGES
 from pipeline.packing.plan import (
     BuildPlan,
     describe_format,
@@ -45,6 +47,7 @@ from pipeline.packing.shards import (
     parse_shard,
     seal,
     shard_facts_name,
+    write_rejects,
     write_shard,
 )
 from pipeline.remote.target import WORK, Target, is_finished, open_target
@@ -88,6 +91,8 @@ def build(options: BuildConfig, target: Target | None = None, pool: Pool | None 
         with announce(f"listing the images of {escape(hide_credentials(options.train))}"):
             plan = make_plan(options, scratch)
         _tell_notes(plan)
+        if _has_too_many_rejects(options, plan, plan.rejected):  # before hours of packing
+            _refuse_rejects(options, plan, target, plan.rejected, write_rejects(plan, scratch))
         _check_state(options, plan, target)
         kept = f"{hide_credentials(target.address)} keeps what is packed"
         with (
@@ -115,7 +120,8 @@ def _build_once(
     """Make the missing files; raises ChunkError if a chunk must be packed again."""
     _pack_chunks(options, plan, target, pool)
     collected = collect_chunks(options, plan, target, scratch)
-    _check_rejects(options, plan, target, collected)
+    if _has_too_many_rejects(options, plan, collected.rejected):
+        _refuse_rejects(options, plan, target, collected.rejected, collected.rejects_file)
     check_classes(plan, collected, target)
     shards = _write_shards(options, plan, target, pool, collected)
     with announce("looking for duplicates, and sealing the set"):
@@ -185,19 +191,22 @@ def _write_shards(
     return counts
 
 
-def _check_rejects(
-    options: BuildConfig, plan: BuildPlan, target: Target, collected: CollectedChunks
-) -> None:
-    """Refuse to seal a set with too many rejects."""
-    everything = plan.images + plan.rejected
-    if collected.rejected <= options.max_rejects * everything + 1e-6:  # 0.29 * 100 is below 29
-        return
-    copy_file(collected.rejects_file, target, REJECTS)
-    share = collected.rejected / everything
+def _has_too_many_rejects(options: BuildConfig, plan: BuildPlan, rejected: int) -> bool:
+    lost, everything = rejected + plan.lost, plan.images + plan.rejected + plan.lost
+    return lost > options.max_rejects * everything + 1e-6  # 0.29 * 100 is below 29
+
+
+def _refuse_rejects(
+    options: BuildConfig, plan: BuildPlan, target: Target, rejected: int, rejects: Path
+) -> NoReturn:
+    """Refuse to go on with too many rejects, and leave the list of them in OUT."""
+    copy_file(rejects, target, REJECTS)
+    lost, everything = rejected + plan.lost, plan.images + plan.rejected + plan.lost
+    share, about = lost / everything, "about " if plan.lost else ""
     raise DuetError(
-        f"{collected.rejected:,} of {everything:,} files ({share:.2%}) cannot be packed, more than "
+        f"{about}{lost:,} of {everything:,} files ({share:.2%}) cannot be packed, more than "
         f"--max-rejects {options.max_rejects:g} allows; most often: "
-        f"{summarize_rejects(read_rejects(collected.rejects_file))}; {target.address}/{REJECTS} "
+        f"{summarize_rejects(read_rejects(rejects))}; {target.address}/{REJECTS} "
         "says why: mend them and start in another folder, or go on without them: "
         f"--max-rejects {_round_up(share):g}"
     )
@@ -285,7 +294,8 @@ def _describe_difference(theirs: Mapping[str, object], ours: Mapping[str, object
 
 def library_versions() -> dict[str, str]:
     """Return the versions of the packages that decide the bytes of a shard."""
-    return {name: find_version(name) or "unknown" for name in LIBRARIES}
+    decoders = {name: found for name in PACKAGES if (found := find_version(name))}
+    return {name: find_version(name) or "unknown" for name in LIBRARIES} | decoders
 
 
 @contextmanager

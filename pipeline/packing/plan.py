@@ -19,7 +19,7 @@ from pipeline.dataset.jpeg_header import MAX_PIXELS, ImageError
 from pipeline.dataset.tar import escape
 from pipeline.options import BuildConfig
 from pipeline.remote.filesystem import is_remote
-from pipeline.sources import Listing, find_other_splits, scan
+from pipeline.sources import Listing, Reject, find_other_splits, scan
 from pipeline.sources.listing import ROWS_AT_A_TIME
 from pipeline.tools.errors import UsageError
 from pipeline.tools.text import hide_credentials
@@ -35,7 +35,7 @@ FORMAT = 1
 """Version of the files that a build resumes from, and of its pixels, order and hashes; files of
 another version cannot be mixed with them."""
 
-UNLIKE_OUTPUT = ("out", "train", "val", "val_labels", "max_rejects", "workers", "json")
+UNLIKE_OUTPUT = ("out", "train", "val", "val_labels", "max_rejects", "strict", "workers", "json")
 """Settings that change no byte of a shard, except through the images they name."""
 
 Places = npt.NDArray[np.uint32]
@@ -150,9 +150,8 @@ class BuildPlan:
 
     def name(self, row: int) -> str:
         """Return the full name of an image, for messages."""
-        firsts = self.first_rows
-        place = bisect.bisect_right(firsts, row) - 1
-        return self.listings[place].full_name(row - firsts[place])
+        listing, place = self._find(row)
+        return listing.full_name(place)
 
     def list_names(self, rows: Places) -> Iterator[str]:
         """Yield the names of images relative to their source: `cats/1.jpg`, `n0.tar/n0_1.JPEG`."""
@@ -171,6 +170,21 @@ class BuildPlan:
         """Number of files skipped by the scans."""
         return sum(listing.rejected for listing in self.listings)
 
+    @property
+    def lost(self) -> int:
+        """Number of images behind the faults of damaged sources beyond one for each fault."""
+        return sum(listing.lost for listing in self.listings)
+
+    def make_reject(self, row: int, reason: str) -> Reject:
+        """Return the reject of an image."""
+        listing, place = self._find(row)
+        return listing.make_reject(place, reason)
+
+    def _find(self, row: int) -> tuple[Listing, int]:
+        firsts = self.first_rows
+        number = bisect.bisect_right(firsts, row) - 1
+        return self.listings[number], row - firsts[number]
+
 
 def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
     """Scan the sources and shuffle their images.
@@ -183,6 +197,7 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
         UsageError: a source that cannot work.
     """
     kind: dict[str, Any] = {"fields": options.members, "labelled": options.labels}
+    kind["strict"] = options.strict
     listings = [scan(options.train, scratch / "train", split="train", **kind)]
     _refuse_empty_class(listings[0])
     if options.val is not None:

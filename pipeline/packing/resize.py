@@ -27,7 +27,6 @@ import os
 import re
 import threading
 import warnings
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
@@ -35,7 +34,7 @@ from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageCms, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from pipeline.dataset.images import (
     ORIENTATION,
@@ -57,10 +56,9 @@ from pipeline.dataset.jpeg_header import (
     read_header,
 )
 from pipeline.options import Chroma
+from pipeline.packing.formats import MAX_PROFILE, open_image
 from pipeline.packing.plan import SQUARE, Sizing
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Formats that Pillow may detect."""
 JPEG = b"\xff\xd8"
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 SCRATCH = 4 * 2**20
@@ -71,12 +69,6 @@ MOST_FRACTION = 1.1
 """Largest value of an image of fractions: white is 1, and resampling may have gone beyond it."""
 BITS, PHOTOMETRIC, SAMPLE_FORMAT, SIGNED = 258, 262, 339, 2
 """Numbers of TIFF's tags, and the sample format of signed numbers."""
-PNG = b"\x89PNG\r\n\x1a\n"
-PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
-"""Kinds of a PNG's chunks that hold text."""
-MAX_PROFILE = 4 * 2**20
-"""Bytes of a colour profile, or of a text in a PNG; larger ones are ignored."""
-PngImagePlugin.MAX_TEXT_CHUNK = MAX_PROFILE  # Pillow refuses the image for a larger one
 SAME_LEVELS = 1
 """Levels by which a profile may move a colour and still count as sRGB."""
 ACCURATE = 96
@@ -131,7 +123,7 @@ def read_frame(image: bytes) -> tuple[int, Size]:
     """Return the orientation of an image, and its height and width before it is turned."""
     if (header := read_header(image)) is not None:
         return read_orientation(header), (header.height, header.width)
-    with _open(image) as found:
+    with open_image(image) as found:
         turn, size = _read_orientation(found), (found.height, found.width)
         # Pillow tells the size of a TIFF as it is shown.
         return turn, size[::-1] if found.format == "TIFF" and turn >= 5 else size
@@ -271,7 +263,7 @@ def pillow_path(data: bytes, min_side: int, sizing: Sizing = SQUARE) -> Pixels:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # damaged EXIF, large images: not the user's matter
-            with limit_time(), _open(data) as image:
+            with limit_time(), open_image(data, min_side) as image:
                 check_size(*image.size, min_side)
                 _check_tiles(image)
                 with _silence_stderr() if image.format == "TIFF" else nullcontext():
@@ -281,54 +273,6 @@ def pillow_path(data: bytes, min_side: int, sizing: Sizing = SQUARE) -> Pixels:
     # Pillow's decoders raise what they please on damaged input; whatever it is, it is this file.
     except Exception as error:
         raise ImageError(describe_error(error)) from error
-
-
-def _open(data: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(drop_odd_chunks(data)), formats=FORMATS)
-
-
-def drop_odd_chunks(data: bytes) -> bytes:
-    """Return a PNG without the texts and profiles for which Pillow would refuse it.
-
-    They are longer than `MAX_PROFILE`, more than Pillow's limit together, or compressed in a way
-    that does not exist.
-    """
-    if not data.startswith(PNG):
-        return data
-    at, kept, room, parts = len(PNG), 0, PngImagePlugin.MAX_TEXT_MEMORY, []
-    while at + 12 <= len(data):
-        kind, begin = data[at + 4 : at + 8], at + 8
-        stop = begin + int.from_bytes(data[at : at + 4], "big") + 4
-        if kind in (*PNG_TEXTS, b"iCCP"):
-            length = _measure_text(kind, data[begin : stop - 4])
-            if length is None or length > room:
-                parts.append(data[kept:at])
-                kept = stop
-            elif kind in PNG_TEXTS:
-                room -= length
-        at = stop
-    return b"".join([*parts, data[kept:]]) if parts else data
-
-
-def _measure_text(kind: bytes, body: bytes) -> int | None:
-    """Return the bytes of a text or profile in a chunk, unpacked; None if there are too many, or
-    it cannot be unpacked.
-    """
-    _, _, text = body.partition(b"\0")
-    if kind == b"iTXt" and text[:2] == b"\1\0":
-        text = text[2:].split(b"\0", 2)[-1]
-    elif kind in (b"tEXt", b"iTXt"):
-        return len(text)
-    elif text[:1] in (b"\0", b"") and (text or kind == b"zTXt"):
-        text = text[1:]
-    else:
-        return None
-    unpacker = zlib.decompressobj()
-    try:
-        length = len(unpacker.decompress(text, MAX_PROFILE))
-    except zlib.error:  # Pillow passes over it
-        return 0
-    return None if unpacker.unconsumed_tail else length
 
 
 def _check_tiles(image: Image.Image) -> None:
@@ -508,6 +452,8 @@ def read_orientation(header: JpegHeader) -> int:
 
 def _read_orientation(image: Image.Image) -> int:
     """Return 1..8 from the metadata of an image that Pillow has opened; 1 if they are damaged."""
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return 1  # its decoder has turned it, by the header of the image; Exif says nothing there
     try:
         return valid_orientation(image.getexif().get(ORIENTATION))
     except ImageError:

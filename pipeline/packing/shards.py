@@ -243,12 +243,11 @@ def collect_chunks(
     members = _allocate(scratch / "members.bin", MEMBER_DTYPE, (count, len(options.members)))
     packed = np.zeros(count, np.bool_)
     sums, rejected = Sums(mean_side(options)), plan.rejected
+    rejects_file = write_rejects(plan, scratch)
     with (
         (scratch / "hashes.bin").open("wb") as hashes,
-        (scratch / REJECTS).open("w", encoding="utf-8") as rejects,
+        rejects_file.open("a", encoding="utf-8") as rejects,
     ):
-        for listing in plan.listings:
-            rejects.writelines(map(Reject.to_json_line, listing.rejects()))
         for part, first, chunk in _read_chunks(options, plan, target):
             rows = slice(first, first + part.stop - part.start)
             members[rows] = chunk.members
@@ -261,7 +260,7 @@ def collect_chunks(
             hashes.write(chunk.packed["hash"][chunk.packed["packed"]].tobytes())
             sums += chunk.sums
             for place, reason in sorted(chunk.reasons.items()):
-                rejects.write(Reject(plan.name(first + place), reason).to_json_line())
+                rejects.write(plan.make_reject(first + place, reason).to_json_line())
                 rejected += 1
     return CollectedChunks(
         taken=taken,
@@ -269,9 +268,18 @@ def collect_chunks(
         members=members,
         hashes=map_file(scratch / "hashes.bin", np.dtype(np.uint8)).reshape(-1, HASH_BYTES),
         sums=sums,
-        rejects_file=scratch / REJECTS,
+        rejects_file=rejects_file,
         rejected=rejected,
     )
+
+
+def write_rejects(plan: BuildPlan, scratch: Path) -> Path:
+    """Write what the scans rejected, as lines of `rejects.jsonl`; return the file."""
+    path = scratch / REJECTS
+    with path.open("w", encoding="utf-8") as file:
+        for listing in plan.listings:
+            file.writelines(map(Reject.to_json_line, listing.rejects()))
+    return path
 
 
 def _read_chunks(

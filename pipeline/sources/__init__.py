@@ -22,6 +22,7 @@ A listed image is a place in a container; `open_reader` reads it from there in a
     webdataset  WebDataset shards
     classes     labels beside images -> the list of classes
     listing     one row an image, in mapped files
+    faults      damaged sources, and how many images that costs
     paths       globs, brace ranges, addresses -> files
     names       images, archives and bystanders, by their names
     readers     bytes of an image

@@ -140,6 +140,8 @@ class LabelMapper:
         Raises:
             UsageError: see `ListingWriter.finish`; no image has a label, or none has number 0.
         """
+        if not writer.images:
+            writer.faults.refuse()
         if not writer.images and writer.rejected:
             why = writer.summarize_rejects()
             hint = "; the test images of most sets have no labels"

@@ -10,6 +10,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ from pipeline.sources.names import (
     member_name,
 )
 from pipeline.sources.tars import ImageBuffer, get_class, open_tar, select_files
-from pipeline.tools.errors import UsageError
+from pipeline.tools.errors import SYSTEM_ERRORS, DamagedSource, UsageError, summarize_error
 
 
 class FolderContents(NamedTuple):
@@ -86,12 +87,8 @@ def list_folder(folder: str | Path) -> FolderContents:
 
 
 def add_folder(folder: Path, class_name: str, writer: ListingWriter) -> None:
-    """Add the images below `folder`, in a container for each folder that holds any.
-
-    Raises:
-        UsageError: a folder cannot be read.
-    """
-    for path, inside in _walk(os.path.abspath(folder)):
+    """Add the images below `folder`, in a container for each folder that holds any."""
+    for path, inside in _walk(os.path.abspath(folder), writer):
         images = _select_images(path, inside.files, writer)
         for name in inside.other:
             writer.reject(f"{path}/{name}", NO_FILE)
@@ -136,8 +133,12 @@ def find_image_below(
     return None
 
 
-def _walk(top: str) -> Iterator[tuple[str, FolderContents]]:
-    """Yield each folder once, subfolders before their parent."""
+def _walk(top: str, writer: ListingWriter | None = None) -> Iterator[tuple[str, FolderContents]]:
+    """Yield each folder once, subfolders before their parent.
+
+    Raises:
+        DamagedSource: a folder cannot be read, and there is no writer to note it.
+    """
     # A link to the source or above it would bring the images of other classes in.
     above = {*Path(top).resolve().parents, *Path(top).parents}
     seen = {_read_identity(str(folder)) for folder in above}
@@ -147,10 +148,16 @@ def _walk(top: str) -> Iterator[tuple[str, FolderContents]]:
         if inside is not None:
             yield path, inside
             continue
-        if (identity := _read_identity(path)) in seen:  # a link that leads back up
+        try:
+            if (identity := _read_identity(path)) in seen:  # a link that leads back up
+                continue
+            seen.add(identity)
+            inside = list_folder(path)
+        except DamagedSource as error:
+            if writer is None:
+                raise
+            writer.add_fault(error, path)
             continue
-        seen.add(identity)
-        inside = list_folder(path)
         todo.append((path, inside))
         todo += [(f"{path}/{name}", None) for name in reversed(inside.folders)]
 
@@ -163,9 +170,17 @@ def _read_identity(path: str) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _folder_error(folder: str | Path, error: OSError) -> UsageError:
-    name = escape(str(error.filename or folder))
-    return UsageError(f"folder {name} cannot be read ({error.strerror}); mend it")
+def _folder_error(folder: str | Path, error: OSError) -> DamagedSource:
+    """Return the error for a folder.
+
+    Raises:
+        OSError: `error` says nothing about it.
+    """
+    if error.errno in SYSTEM_ERRORS:
+        raise error
+    name, why = str(error.filename or folder), summarize_error(error)
+    message = f"folder {escape(name)} cannot be read ({why}); mend it"
+    return DamagedSource(message, name, 0, f"the folder cannot be read: {why}")
 
 
 _VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.IGNORECASE)
@@ -184,8 +199,8 @@ def find_loose_in_folder(folder: Path) -> str | None:
 
 def find_loose_in_tar(tar: Path) -> str | None:
     """Return the first image of a tar if it lies in no folder of a class."""
-    with open_tar(str(tar)) as file:
-        for member in read_members(file, str(tar)):
+    with suppress(DamagedSource), open_tar(str(tar)) as file:
+        for member in read_members(file, str(tar), lenient=True):
             name = member.name
             if not member.regular or is_hidden(name) or is_system(name):
                 continue
@@ -214,7 +229,8 @@ def add_flat_tar(tar: Path, truth: GroundTruth, writer: ListingWriter) -> None:
     """Add the images of a tar with the classes that `truth` has for them."""
     found = ImageBuffer(writer, "tar", os.path.abspath(tar))
     with open_tar(found.address) as file:
-        files = select_files(read_members(file, found.address), found)
+        members = read_members(file, found.address, lenient=True)
+        files = select_files(members, found)
         _add_labelled((member[:3] for member in files), found, truth)
 
 
@@ -250,17 +266,18 @@ def _add_labelled(
     """Add files (name, place, size) of one container."""
     labels, list_name = truth.labels, escape(str(truth.file))
     missing = dict.fromkeys(labels)  # in order
-    for name, place, size in files:
-        key = strip_ending(name)
-        if not is_image(name):
-            found.reject(name, describe_no_image(name))
-        elif key in labels:
-            found.add(labels[key], name, place, size)
-            missing.pop(key, None)
-        else:
-            found.reject(name, f"no label: {list_name} has none for it")
-    found.flush()
+    with found.until_fault():
+        for name, place, size in files:
+            key = strip_ending(name)
+            if not is_image(name):
+                found.reject(name, describe_no_image(name))
+            elif key in labels:
+                found.add(labels[key], name, place, size)
+                missing.pop(key, None)
+            else:
+                found.reject(name, f"no label: {list_name} has none for it")
     if not found.writer.images:
+        found.writer.faults.refuse()
         raise UsageError(
             f"labels {list_name} name none of the images of {escape(found.address)}, but "
             f"such as {escape(next(iter(labels)))}; {GIVE_LABELS}"

@@ -20,8 +20,10 @@ import numpy.typing as npt
 
 from pipeline.dataset.samples import Classes, refuse_same_names, sort_classes
 from pipeline.dataset.tar import ENCODING, escape
-from pipeline.tools.errors import UsageError
+from pipeline.sources.faults import Faults
+from pipeline.tools.errors import DamagedSource, UsageError
 from pipeline.tools.jsonl import read_all_rows
+from pipeline.tools.text import hide_credentials
 
 ROW_DTYPE = np.dtype([("container", "<u4"), ("label", "<i4"), ("place", "<u8"), ("size", "<i8")])
 """An image: its container, its label, its place in the container, and its size in bytes.
@@ -51,19 +53,25 @@ class Container(NamedTuple):
 
 
 class Reject(NamedTuple):
-    """A file that will not be packed, and the reason."""
+    """A file that will not be packed, and the reason; or the rest of a damaged source."""
 
     name: str
     reason: str
+    source: str | None = None
+    """The tar or parquet file that it lies in, or the source that is damaged."""
+    offset: int | None = None
+    """Byte in that tar, row of that parquet file."""
 
     def to_json_line(self) -> str:
-        """Return the line of `rejects.jsonl`."""
-        return json.dumps(self._asdict()) + "\n"
+        """Return the line of `rejects.jsonl`, without what is None."""
+        row = {name: value for name, value in self._asdict().items() if value is not None}
+        return json.dumps(row) + "\n"
 
 
 def read_rejects(file: Path) -> Iterator[Reject]:
     """Yield the rejects in a file of such lines."""
-    return (Reject(**row) for row in read_all_rows(file))
+    for row in read_all_rows(file):
+        yield Reject(**{name: row[name] for name in Reject._fields if name in row})
 
 
 def summarize_rejects(rejects: Iterable[Reject]) -> str:
@@ -77,7 +85,7 @@ def summarize_rejects(rejects: Iterable[Reject]) -> str:
     if not counts:
         return "no reason was noted"
     ((kind, count),) = counts.most_common(1)
-    name, reason = first[kind]
+    name, reason, *_ = first[kind]
     return f"{escape(reason)} ({count:,} {'time' if count == 1 else 'times'}, as {escape(name)})"
 
 
@@ -146,6 +154,9 @@ class Listing:
     rejects_file: Path
     rejected: int
     """Number of files that the scan rejected; `rejects` reads them back."""
+    lost: int = 0
+    """Images behind the faults of damaged sources beyond one for each fault: as many as rows say,
+    else estimated."""
     notes: tuple[str, ...] = ()
     """Sentences about what was read otherwise than a user may expect, or not used."""
     numbered: bool = False
@@ -159,6 +170,14 @@ class Listing:
         address = self.containers[self.rows[place]["container"]].address
         return f"{address.rstrip('/')}/{self.names[place]}"
 
+    def make_reject(self, place: int, reason: str) -> Reject:
+        """Return the reject of an image."""
+        kind, address = self.containers[self.rows[place]["container"]]
+        if kind == "folder":  # its name is its place
+            return Reject(self.full_name(place), reason)
+        offset = int(self.rows[place]["place"])
+        return Reject(self.full_name(place), reason, hide_credentials(address), offset)
+
     def rejects(self) -> Iterator[Reject]:
         """Read the files that the scan rejected, in the order in which it found them."""
         return read_rejects(self.rejects_file)
@@ -171,7 +190,12 @@ class ListingWriter:
     """
 
     def __init__(
-        self, scratch: Path, source: str, fields: Sequence[str] = (), labelled: bool = True
+        self,
+        scratch: Path,
+        source: str,
+        fields: Sequence[str] = (),
+        labelled: bool = True,
+        strict: bool = False,
     ) -> None:
         """Begin an empty listing.
 
@@ -180,11 +204,15 @@ class ListingWriter:
             source: path or address as the user named it.
             fields: other members of each sample that are listed, too.
             labelled: False for images without classes.
+            strict: refuse damage, which else is skipped and noted.
         """
-        self.fields, self.labelled = tuple(fields), labelled
+        self.fields, self.labelled, self.strict = tuple(fields), labelled, strict
         scratch.mkdir(parents=True, exist_ok=True)
         self._scratch, self._source = scratch, source
         self._containers: list[Container] = []
+        self._counts: Counter[str] = Counter()
+        """Number of images of each container, by its address."""
+        self.faults = Faults()
         self._classes: dict[str, int] = {}
         self._rows = (scratch / "rows.bin").open("w+b")
         self._text = (scratch / "names.bin").open("w+b")
@@ -256,11 +284,31 @@ class ListingWriter:
                 found[...] = members
             self._members.write(found.tobytes())
         self.images += len(names)
+        self._counts[self._containers[container].address] += len(names)
         self._end = int(ends[-1]) if len(ends) else self._end
 
     def reject(self, name: str, reason: str) -> None:
         """Add a file that cannot be packed; `name` as `Listing.full_name` would return it."""
         self._rejects.write(Reject(name, reason).to_json_line())
+        self.rejected += 1
+
+    def add_fault(self, error: DamagedSource, address: str) -> None:
+        """Note that the rest of a container cannot be read.
+
+        Args:
+            error: the damage.
+            address: address of the container, whose images before the fault have been added.
+
+        Raises:
+            DamagedSource: with `strict`.
+        """
+        if self.strict:
+            raise error
+        known = any(one == Container("parquet", address) for one in self._containers[-1:])
+        self.faults.add(error, address, self._counts[address], known)
+        name, source = hide_credentials(error.source), hide_credentials(address)
+        reason = f"damaged, and skipped from here on: {error.reason}"
+        self._rejects.write(Reject(name, reason, source, error.offset).to_json_line())
         self.rejected += 1
 
     def summarize_rejects(self, *marks: str) -> str:
@@ -302,6 +350,8 @@ class ListingWriter:
         self._drop_replaced()
         if not self.labelled:
             return self._finish_unlabelled()
+        if not self.images:
+            self.faults.refuse()
         found = sort_classes(self._classes)
         names = tuple(classes) if classes is not None else tuple(found)
         known = Classes(names)
@@ -311,6 +361,7 @@ class ListingWriter:
         counts = _relabel(rows_file, table)
         for name, count in zip(self._classes, counts.tolist(), strict=True):
             if count == 0:
+                self.faults.refuse(f"/{name}/", f"/{name}.tar/")
                 why = self.summarize_rejects(f"/{name}/", f"/{name}.tar/")
                 raise UsageError(
                     f"class {name!r} of source {self._source} has no images that can be packed "
@@ -321,6 +372,7 @@ class ListingWriter:
     def _finish_unlabelled(self) -> Listing:
         """Return the listing of images without classes, each with label -1."""
         if not self.images:
+            self.faults.refuse()
             why = f" (rejected: {self.summarize_rejects()})" if self.rejected else ""
             raise UsageError(f"source {self._source} holds no images{why}")
         _relabel(self._scratch / "rows.bin", np.full(len(self._classes), -1, np.int32))
@@ -328,6 +380,7 @@ class ListingWriter:
 
     def _make_listing(self, classes: tuple[str, ...], titles: tuple[str, ...] | None) -> Listing:
         members = map_file(self._scratch / "members.bin", MEMBER_PLACE)
+        lost = self.faults.estimate_lost(self._counts)
         return Listing(
             source=self._source,
             containers=tuple(self._containers),
@@ -341,7 +394,8 @@ class ListingWriter:
             titles=titles,
             rejects_file=self._scratch / "rejects.jsonl",
             rejected=self.rejected,
-            notes=(*self.notes, *self._describe_ignored()),
+            lost=sum(lost) - len(lost),
+            notes=(*self.notes, *self._describe_ignored(), *self.faults.describe(lost)),
         )
 
     def _describe_ignored(self) -> Iterator[str]:

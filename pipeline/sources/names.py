@@ -7,6 +7,7 @@ bystanders that are known here. An archive is never a bystander: a whole class m
 from __future__ import annotations
 
 from pipeline.dataset.samples import IMAGE_KINDS
+from pipeline.dataset.tar import Member
 
 IMAGE_ENDINGS = tuple(f".{kind}" for kind in IMAGE_KINDS)
 """Endings of the names of images, in lower case."""
@@ -59,6 +60,9 @@ LINK = "no regular file: a link, a folder or a device"
 HARD_LINK = "no regular file: a hard link to another member; pack with tar --hard-dereference"
 """Reason for rejecting a member of a tar that is another name of one before it."""
 
+SPARSE = "stored sparsely, which is not read; pack with tar without --sparse"
+"""Reason for rejecting a member of a tar whose zeros were left out."""
+
 
 def is_image(name: str) -> bool:
     """Return whether a name ends like that of an image, in capital or small letters."""
@@ -98,6 +102,13 @@ def is_hidden(name: str) -> bool:
 def describe_no_image(name: str) -> str:
     """Return the reason for rejecting a file whose name is not that of an image."""
     return ARCHIVE if is_archive(name) else NO_IMAGE
+
+
+def describe_special(member: Member) -> str:
+    """Return the reason for rejecting a member of a tar that is named as an image, but no file."""
+    if member.sparse:
+        return SPARSE
+    return HARD_LINK if member.hard_link else LINK
 
 
 def member_name(image: str, field: str) -> str:

@@ -22,7 +22,12 @@ from pipeline.remote.filesystem import RetryPolicy, Unreachable, is_remote
 from pipeline.sources.classes import LabelMapper
 from pipeline.sources.listing import WHOLE_FILE, Listing, ListingWriter, Unreadable
 from pipeline.sources.paths import find_files, open_file, read_small, scan_each, select_split
-from pipeline.tools.errors import UsageError, summarize_error
+from pipeline.tools.errors import (
+    SYSTEM_ERRORS,
+    DamagedSource,
+    UsageError,
+    summarize_error,
+)
 from pipeline.tools.files import describe_foreign
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.text import hide_credentials
@@ -313,7 +318,7 @@ def scan_parquet(
     """List the images of a source for which `is_parquet` holds; arguments as `scan_webdataset`.
 
     Raises:
-        UsageError: a file is no parquet file or lacks images or labels; or as `LabelMapper.finish`.
+        UsageError: a file lacks a column of images or labels; or as `LabelMapper.finish`.
         StoreError: the store does not return a file.
     """
     files = find_files(source, ENDING)
@@ -324,6 +329,10 @@ def scan_parquet(
     names: tuple[str, ...] | None = None
     scan_file = partial(_scan_file, fields=writer.fields, labelled=writer.labelled)
     for rows in scan_each(addresses, scan_file, is_remote(source)):
+        if isinstance(rows, DamagedSource):
+            writer.container("parquet", rows.source)
+            writer.add_fault(rows, rows.source)
+            continue
         if rows.labels is None:
             places = range(rows.first, rows.first + len(rows.names))
             _add_members(rows, writer, "", rows.names, places)
@@ -371,45 +380,80 @@ def _add_members(
 
 def _scan_file(
     address: str, fields: Sequence[str] = (), labelled: bool = True
-) -> Iterator[_LabelRows]:
-    """Yield the labels of a file, `ROWS` at a time."""
+) -> Iterator[_LabelRows | DamagedSource]:
+    """Yield the labels of a file, `ROWS` at a time, and the damage of row groups or of all."""
     import pyarrow as pa
 
     try:
         yield from _read_rows(address, fields, labelled)
-    except Unreachable:
-        raise
     except (pa.ArrowException, *DAMAGE) as error:
+        refuse_other_errors(error)
         foreign = describe_foreign(read_small(address, 1 << 20) or b"")
         what = summarize_error(error)[:200] if foreign is None else f"it is {foreign}"
-        raise UsageError(
-            f"parquet file {hide_credentials(address)} cannot be read ({what}); it must be whole"
-        ) from error
+        yield _file_error(address, what)
 
 
-def _read_rows(address: str, fields: Sequence[str], labelled: bool) -> Iterator[_LabelRows]:
+def refuse_other_errors(error: Exception) -> None:
+    """Raise an error that pyarrow handed on and that says nothing about the file."""
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, Unreachable) or number in SYSTEM_ERRORS:
+        raise error
+
+
+def _file_error(address: str, what: str, first: int = 0, rows: int = 0) -> DamagedSource:
+    """Return the error for a file of which so many rows cannot be read, or no row (0)."""
+    safe = hide_credentials(address)
+    message = f"parquet file {safe} cannot be read ({what}); it must be whole"
+    return DamagedSource(message, address, first, what, rows)
+
+
+def _read_rows(
+    address: str, fields: Sequence[str], labelled: bool
+) -> Iterator[_LabelRows | DamagedSource]:
     file, _ = open_parquet(address)
     try:
         columns = find_columns(file, address, fields, labelled)
         wanted = [columns.label] if columns.label else []
         wanted += [f"{columns.image}.path"] if columns.has_path else []
-        seen: set[int] = set()
-        first = 0
         if not wanted:  # images alone: nothing of them is read yet
             count = file.metadata.num_rows
             for first in range(0, count, ROWS):
                 rows = range(first, min(first + ROWS, count))
                 yield _LabelRows(address, first, [f"row-{row:06d}" for row in rows], None, columns)
             return
-        for batch in file.iter_batches(ROWS, columns=wanted, use_threads=False):
-            names = _make_names(batch, columns, first, seen)
-            labels = _read_labels(batch, columns) if columns.label else None
-            yield _LabelRows(address, first, names, labels, columns)
-            first += batch.num_rows
-        if first != file.metadata.num_rows:
-            raise OSError(f"{first} rows instead of {file.metadata.num_rows}")
+        seen: set[int] = set()
+        first = 0
+        for group in range(file.metadata.num_row_groups):
+            stop = first + file.metadata.row_group(group).num_rows
+            for found in _read_group(file, address, group, wanted, first, stop):
+                if isinstance(found, DamagedSource):
+                    yield found
+                    break
+                at, batch = found
+                names = _make_names(batch, columns, at, seen)
+                labels = _read_labels(batch, columns) if columns.label else None
+                yield _LabelRows(address, at, names, labels, columns)
+            first = stop
     finally:
         file.close(force=True)
+
+
+def _read_group(
+    file: pq.ParquetFile, address: str, group: int, columns: list[str], first: int, stop: int
+) -> Iterator[tuple[int, pa.RecordBatch] | DamagedSource]:
+    """Yield the batches of a row group, each with its first row; last its damage, if any."""
+    import pyarrow as pa
+
+    try:
+        for batch in file.iter_batches(ROWS, [group], columns, use_threads=False):
+            yield first, batch
+            first += batch.num_rows
+        what = f"its row group ends at row {first}, not at {stop}"
+    except (pa.ArrowException, *DAMAGE) as error:
+        refuse_other_errors(error)
+        what = f"row group {group}: {summarize_error(error)[:200]}"
+    if first != stop:
+        yield _file_error(address, what, first, max(0, stop - first))
 
 
 def _read_labels(

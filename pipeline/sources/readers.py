@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import stat
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.dataset.tar import ENCODING, escape
-from pipeline.remote.filesystem import RetryPolicy, Unreachable
+from pipeline.remote.filesystem import RetryPolicy
 from pipeline.sources.listing import Container, SourceReader, Unreadable, refuse_if_too_large
 from pipeline.sources.names import member_name
 from pipeline.sources.parquet import (
@@ -21,9 +20,10 @@ from pipeline.sources.parquet import (
     find_image_column,
     find_member_columns,
     open_parquet,
+    refuse_other_errors,
 )
 from pipeline.sources.paths import open_file
-from pipeline.tools.errors import summarize_error
+from pipeline.tools.errors import MEDIUM_ERRORS, SYSTEM_ERRORS, summarize_error
 from pipeline.tools.processes import limit_memory
 
 if TYPE_CHECKING:
@@ -145,13 +145,11 @@ class ParquetReader:
                 self._damage = "its row group ends before it"
             except (pa.ArrowException, *DAMAGE) as error:
                 # Bytes that cannot be unpacked are an OSError to Arrow, but one without a number.
-                if isinstance(error, Unreachable) or getattr(error, "errno", None) is not None:
+                if isinstance(error, OSError) and error.errno not in (None, *MEDIUM_ERRORS):
                     raise
+                refuse_other_errors(error)
                 self._damage = summarize_error(error)[:200]
         raise Unreadable(f"cannot be read from its row group: {self._damage}")
-
-
-_SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN)
 
 
 def open_reader(
@@ -197,7 +195,7 @@ class FolderReader:
             finally:
                 os.close(file)
         except OSError as error:
-            if error.errno in _SYSTEM_ERRORS:
+            if error.errno in SYSTEM_ERRORS:
                 raise
             os.scandir(self._folder).close()  # raises if the whole folder went away
             raise Unreadable(f"cannot be read: {error.strerror}") from error
@@ -246,7 +244,7 @@ class TarReader:
             self._file.seek(place)
             data = self._file.read(size)
         except OSError as error:
-            if error.errno not in (errno.EIO, errno.EBADMSG, errno.EUCLEAN):
+            if error.errno not in MEDIUM_ERRORS:
                 raise
             raise Unreadable(f"cannot be read: {error.strerror}") from error
         if len(data) != size:

@@ -68,6 +68,7 @@ def scan(
     numbered: bool = False,
     fields: Sequence[str] = (),
     labelled: bool = True,
+    strict: bool = False,
 ) -> Listing:
     """List the images of a source without opening them.
 
@@ -83,13 +84,15 @@ def scan(
         fields: other members of each sample, which are listed with it.
         labelled: False for images without classes: all in or below a folder, in tars, or in parquet
             files.
+        strict: refuse a tar, a parquet file, a row group or a folder that is damaged; else it is
+            skipped from the fault on, as a reject and a note.
 
     Raises:
         UsageError: nothing there, no classes, a class without images, an unknown class, no
-            labels where some are needed, or an archive that cannot be read.
+            labels where some are needed, or damage that leaves nothing.
     """
     source = strip_file_scheme(source)
-    writer = ListingWriter(scratch, source, fields, labelled)
+    writer = ListingWriter(scratch, source, fields, labelled, strict)
     try:
         return _scan_any(source, writer, split, classes, labels, numbered)
     except UsageError as error:

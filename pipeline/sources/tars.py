@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from pipeline.dataset.tar import Member, escape, read_members
+from pipeline.dataset.tar import Member, TarFault, escape, read_members
 from pipeline.sources.listing import Kind, ListingWriter
 from pipeline.sources.names import (
-    HARD_LINK,
     HIDDEN,
-    LINK,
     describe_no_image,
+    describe_special,
     is_archive,
     is_document,
     is_hidden,
@@ -24,7 +24,14 @@ from pipeline.sources.names import (
     is_system,
     is_tar,
 )
-from pipeline.tools.errors import UsageError
+from pipeline.sources.paths import open_file
+from pipeline.tools.errors import (
+    SYSTEM_ERRORS,
+    DamagedSource,
+    DuetError,
+    UsageError,
+    summarize_error,
+)
 
 BATCH = 1 << 14
 """Images added to the listing at a time; memory does not grow with the tar."""
@@ -55,34 +62,38 @@ class ImageBuffer:
         """Reject a file of the container."""
         self.writer.reject(f"{self.address}/{name}", reason)
 
+    @contextmanager
+    def until_fault(self) -> Iterator[None]:
+        """Flush the images of the block, which may end where the container is damaged."""
+        try:
+            yield
+        except DamagedSource as error:
+            self.flush()
+            self.writer.add_fault(error, self.address)
+        self.flush()
+
 
 def add_class_tar(path: Path, class_name: str, writer: ListingWriter) -> None:
-    """Add the images of a tar that is one class, whatever folders they lie in.
-
-    Raises:
-        UsageError: the tar is damaged or cannot be read.
-    """
+    """Add the images of a tar that is one class, whatever folders they lie in."""
     address = os.path.abspath(path)
     found = ImageBuffer(writer, "tar", address)
-    with open_tar(address) as file:
-        _add_all(read_members(file, address), "", class_name, found)
-    found.flush()
+    with found.until_fault(), open_tar(address) as file:
+        _add_all(read_members(file, address, lenient=True), "", class_name, found)
 
 
 def add_tar(path: Path, writer: ListingWriter) -> None:
     """Add the images of one tar that holds a tar or a folder per class.
 
     Raises:
-        UsageError: the tar is damaged or cannot be read, or an image lies outside a class, or an
-            archive beside the classes.
+        UsageError: an image lies outside a class, or an archive beside the classes.
     """
     address = os.path.abspath(path)
     found = ImageBuffer(writer, "tar", address)
     inner: set[str] = set()
     packed: str | None = None
     folder, class_name, above = "", "", ""
-    with open_tar(address) as file:
-        for member in select_files(read_members(file, address), found):
+    with found.until_fault(), open_tar(address) as file:
+        for member in select_files(_read_outer(file, inner, found), found):
             name = member.name
             at = name.rfind("/") + 1
             if is_tar(name):
@@ -111,21 +122,39 @@ def add_tar(path: Path, writer: ListingWriter) -> None:
             f"tar {escape(address)} holds {escape(packed)}, an archive that is not looked into; "
             "put a plain .tar in its place if it is a class, else remove it"
         )
-    found.flush()
 
 
-def _add_inner(file: BinaryIO, outer: Member, known: set[str], found: ImageBuffer) -> None:
-    """Add the images of a tar inside a tar: one class."""
+def _read_outer(file: BinaryIO, inner: set[str], found: ImageBuffer) -> Iterator[Member]:
+    """Yield the members of a tar of classes; one that ends inside a class has a part of it."""
+    try:
+        yield from read_members(file, found.address, lenient=True)
+    except TarFault as fault:
+        if fault.cut is None or not is_tar(fault.cut.name) or is_hidden(fault.cut.name):
+            raise
+        size = fault.offset + fault.lost - fault.cut.offset
+        faults = len(found.writer.faults)
+        _add_inner(file, fault.cut._replace(size=size), inner, found, cut=True)
+        if len(found.writer.faults) == faults:  # no byte of its own is missing
+            raise
+
+
+def _add_inner(
+    file: BinaryIO, outer: Member, known: set[str], found: ImageBuffer, cut: bool = False
+) -> None:
+    """Add the images of a tar inside a tar: one class; of a cut one, if it has any."""
     class_name = outer.name.rpartition("/")[2][:-4]
     if class_name in known:
         raise UsageError(
             f"tar {escape(found.address)} holds class {class_name!r} twice; merge them"
         )
     known.add(class_name)
-    found.writer.need_class(class_name)
+    if not cut:
+        found.writer.need_class(class_name)
     stop = outer.offset + outer.size
-    inside = read_members(file, f"{found.address}/{outer.name}", outer.offset, stop)
-    _add_all(inside, f"{outer.name}/", class_name, found)
+    name = f"{found.address}/{outer.name}"
+    with found.until_fault():
+        inside = read_members(file, name, outer.offset, stop, lenient=True)
+        _add_all(inside, f"{outer.name}/", class_name, found)
 
 
 def _check_parent(address: str, name: str, known: str) -> str:
@@ -153,17 +182,22 @@ def get_class(name: str) -> str:
 
 
 def open_tar(address: str) -> BinaryIO:
-    """Open a local tar, unbuffered.
+    """Open a tar on a disk or in a store, unbuffered.
 
     Raises:
-        UsageError: it cannot be opened.
+        DamagedSource: it is on a disk, and cannot be opened.
+        OSError: for a reason of the process or the machine; of a store, `Unreachable`.
     """
     try:
-        return open(address, "rb", buffering=0)
+        return open_file(address)
+    except DuetError:
+        raise
     except OSError as error:
-        raise UsageError(
-            f"tar {escape(address)} cannot be read ({error.strerror}); mend it"
-        ) from error
+        if error.errno in SYSTEM_ERRORS:
+            raise
+        why = summarize_error(error)
+        message = f"tar {escape(address)} cannot be read ({why}); mend it"
+        raise DamagedSource(message, address, 0, f"it cannot be opened: {why}") from error
 
 
 def select_files(
@@ -179,7 +213,7 @@ def select_files(
         elif member.regular:
             yield member
         elif is_image(member.name):
-            found.reject(prefix + member.name, HARD_LINK if member.hard_link else LINK)
+            found.reject(prefix + member.name, describe_special(member))
 
 
 def _add_all(inside: Iterator[Member], prefix: str, class_name: str, found: ImageBuffer) -> None:

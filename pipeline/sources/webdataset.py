@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from pipeline.dataset.members import find_member
 from pipeline.dataset.samples import (
@@ -33,10 +34,9 @@ from pipeline.remote.filesystem import is_remote
 from pipeline.sources.classes import LabelMapper
 from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.sources.names import (
-    HARD_LINK,
     HIDDEN,
-    LINK,
     TAR,
+    describe_special,
     is_hidden,
     is_image,
     is_system,
@@ -46,13 +46,13 @@ from pipeline.sources.paths import (
     SourceFiles,
     base_name,
     find_files,
-    open_file,
     read_small,
     scan_each,
     select_split,
     sibling_address,
 )
-from pipeline.tools.errors import UsageError
+from pipeline.sources.tars import open_tar
+from pipeline.tools.errors import MEDIUM_ERRORS, DamagedSource, UsageError
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.text import hide_credentials
 
@@ -91,6 +91,8 @@ class _ShardPart:
     """Number of files that are not used, by ending."""
     example: str = ""
     """Name of such a file."""
+    fault: DamagedSource | None = None
+    """Damage, from which on the shard cannot be read."""
 
     def reject(self, name: str, reason: str) -> None:
         """Add a member or a sample that cannot be packed."""
@@ -115,7 +117,7 @@ class _ShardPart:
         if is_hidden(member.name):
             self.reject(member.name, HIDDEN)
         elif not member.regular:
-            self.reject(member.name, HARD_LINK if member.hard_link else LINK)
+            self.reject(member.name, describe_special(member))
 
 
 def is_webdataset(source: str, split: str = "train") -> bool:
@@ -128,9 +130,9 @@ def is_webdataset(source: str, split: str = "train") -> bool:
         split: `train` or `val`; chooses among the shards of a folder by their names.
 
     Raises:
-        UsageError: a brace range that cannot be read, a tar that is damaged, or shards and other
-            tars of images beside each other.
-        OSError: a tar cannot be opened.
+        UsageError: a brace range that cannot be read, or shards and other tars of images beside
+            each other.
+        OSError: a store does not answer.
     """
     files = find_files(source, TAR)
     if files is None:
@@ -166,8 +168,9 @@ def _is_labelled(address: str, look: int) -> bool | None:
     """Return whether the first `look` members of a tar hold labels; None without images, too."""
     images, others = set[str](), set[str]()
     inner = False
-    with open_file(address) as file:
-        for place, member in enumerate(islice(read_members(file, address), look)):
+    with suppress(DamagedSource), open_tar(address) as file:
+        members = read_members(file, address, lenient=True)
+        for place, member in enumerate(islice(members, look)):
             inner = inner or is_tar(member.name)
             for sample in group_samples([member]):
                 key, kind, near = sample.key, sample.parts[0].kind, place < LOOK
@@ -199,8 +202,8 @@ def scan_webdataset(
         numbered: `Listing.numbered` of the training split.
 
     Raises:
-        UsageError: a damaged shard, labels that do not fit together, or as `LabelMapper.finish`.
-        OSError: a shard cannot be opened or read; of a store, `Unreachable`.
+        UsageError: labels that do not fit together, or as `LabelMapper.finish`.
+        OSError: a shard cannot be read; of a store, `Unreachable`.
     """
     files = find_files(source, TAR)
     if files is None:
@@ -294,10 +297,40 @@ def _add_part(
     )
     for reject in part.rejects:
         writer.reject(*reject)
+    if part.fault is not None:
+        writer.add_fault(part.fault, part.address)
+
+
+class _UntilFault:
+    """The members of a tar as far as it can be read."""
+
+    def __init__(self, members: Iterator[Member]) -> None:
+        self._members = members
+        self.fault: DamagedSource | None = None
+        """Why it cannot be read further."""
+
+    def __iter__(self) -> Iterator[Member]:
+        try:
+            yield from self._members
+        except DamagedSource as error:
+            self.fault = error
 
 
 def _scan_shard(
     address: str, fields: Sequence[str] = (), labelled: bool = True
+) -> Iterator[_ShardPart]:
+    """Yield the samples of a shard, `SAMPLES` at a time, as far as it can be read."""
+    try:
+        file = open_tar(address)
+    except DamagedSource as error:
+        yield _ShardPart(address, fault=error)
+        return
+    with file:
+        yield from _scan_samples(file, address, fields, labelled)
+
+
+def _scan_samples(
+    file: BinaryIO, address: str, fields: Sequence[str], labelled: bool
 ) -> Iterator[_ShardPart]:
     """Yield the samples of a shard, `SAMPLES` at a time."""
     part = _ShardPart(address)
@@ -305,48 +338,55 @@ def _scan_shard(
     unfit: list[tuple[str, str, UnfitSample]] = []  # name and key of each
     titled = True  # False once the record beside a label has no readable name of the class
 
-    def read(offset: int, size: int) -> bytes:
+    read = partial(_read_label, file)
+    members = _UntilFault(read_members(file, address, lenient=True))
+    for sample in group_samples(members, lambda one: part.skip(one)):  # noqa: B023 - the last
+        own = sample.without(fields) if fields else sample
+        try:
+            image = own.find_image()
+            found = find_label(sample, read) if labelled else None
+            others = [find_member(sample, name) for name in fields]
+        except UnfitSample as error:
+            names = _name_unfit(own, read, labelled)
+            unfit += [(name, sample.key, error) for name in names]
+            part.ignore(() if names else sample.parts)
+            if len(unfit) >= SAMPLES * 16:
+                part.reject_unfit(unfit)
+                unfit = []
+            continue
+        label, title, used = None, None, [image, *others]
+        if found is not None:
+            label, title = found.label, found.title
+            used.append(found.file)
+            if titled and title is None:
+                title, record = _read_title(sample, found, read)
+                titled = record is None or title is not None
+                used += [record] if record and title else []
+        part.ignore(file for file in sample.parts if file not in used)
+        name = image.name
+        if hash(name) in seen:
+            part.repeated += 1
+            part.repeated_example = part.repeated_example or f"{address}/{escape(name)}"
+            name = f"{name} (at byte {image.offset})"
+        seen.add(hash(name))
+        places = [(other.offset, other.size) for other in others]
+        part.images.append(_LabelledImage(name, image.offset, image.size, label, title, places))
+        if len(part.images) + len(part.rejects) >= SAMPLES:
+            yield part
+            part = _ShardPart(address)
+    part.reject_unfit(unfit)
+    part.fault = members.fault
+    yield part
+
+
+def _read_label(file: BinaryIO, offset: int, size: int) -> bytes:
+    try:
         file.seek(offset)
         return file.read(size)
-
-    with open_file(address) as file:
-        members = read_members(file, address)
-        for sample in group_samples(members, lambda one: part.skip(one)):  # noqa: B023 - the last
-            own = sample.without(fields) if fields else sample
-            try:
-                image = own.find_image()
-                found = find_label(sample, read) if labelled else None
-                others = [find_member(sample, name) for name in fields]
-            except UnfitSample as error:
-                names = _name_unfit(own, read, labelled)
-                unfit += [(name, sample.key, error) for name in names]
-                part.ignore(() if names else sample.parts)
-                if len(unfit) >= SAMPLES * 16:
-                    part.reject_unfit(unfit)
-                    unfit = []
-                continue
-            label, title, used = None, None, [image, *others]
-            if found is not None:
-                label, title = found.label, found.title
-                used.append(found.file)
-                if titled and title is None:
-                    title, record = _read_title(sample, found, read)
-                    titled = record is None or title is not None
-                    used += [record] if record and title else []
-            part.ignore(file for file in sample.parts if file not in used)
-            name = image.name
-            if hash(name) in seen:
-                part.repeated += 1
-                part.repeated_example = part.repeated_example or f"{address}/{escape(name)}"
-                name = f"{name} (at byte {image.offset})"
-            seen.add(hash(name))
-            places = [(other.offset, other.size) for other in others]
-            part.images.append(_LabelledImage(name, image.offset, image.size, label, title, places))
-            if len(part.images) + len(part.rejects) >= SAMPLES:
-                yield part
-                part = _ShardPart(address)
-    part.reject_unfit(unfit)
-    yield part
+    except OSError as error:
+        if error.errno not in MEDIUM_ERRORS:
+            raise
+        raise UnfitSample(f"its label cannot be read: {error.strerror}") from error
 
 
 def _name_unfit(sample: Sample, read: Read, labelled: bool) -> list[str]:
@@ -369,5 +409,6 @@ def _read_title(
     """Return the class name in the record beside a label, and the record if there is one."""
     for part in sample.parts:
         if part.kind == "json" and part != found.file and part.size <= MAX_LABEL_BYTES:
-            return read_member_label(part, read).title, part
+            with suppress(UnfitSample):  # its disk cannot read it
+                return read_member_label(part, read).title, part
     return None, None

@@ -15,6 +15,10 @@ from typing import Any, NoReturn
 from pipeline.tools.stdio import OutputError, standard_streams
 from pipeline.tools.text import clean, first_line
 
+MEDIUM_ERRORS = (errno.EIO, errno.EBADMSG, errno.EUCLEAN)
+"""Numbers of an OSError by which a disk says that it cannot read a place of a file."""
+SYSTEM_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN)
+"""Numbers of an OSError that say nothing about the file: of the process, the machine or a mount."""
 REBUILD = "make the data set anew, in another folder"
 """Advice for damage that cannot be repaired in place."""
 
@@ -59,6 +63,28 @@ class DamagedFile(DataError):
 
     def __reduce__(self) -> tuple[type[DamagedFile], tuple[str, str]]:
         return type(self), (self.path, self.reason)  # or no helper process could hand it over
+
+
+class DamagedSource(UsageError):
+    """A tar, parquet file or folder of images that cannot be read from a place on."""
+
+    def __init__(
+        self, message: str, source: str, offset: int = 0, reason: str = "", lost: int = 0
+    ) -> None:
+        """Describe the damage.
+
+        Args:
+            message: the line that refuses the source.
+            source: path or address of the file or folder.
+            offset: byte, of a parquet file row, from which on it cannot be read.
+            reason: the fault in words.
+            lost: bytes, of a parquet file rows, that cannot be read; 0 where nobody knows.
+        """
+        super().__init__(message)
+        self.source, self.offset, self.reason, self.lost = source, offset, reason, lost
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.source, self.offset, self.reason, self.lost)
 
 
 class Interrupted(KeyboardInterrupt):
