@@ -51,6 +51,7 @@ IMAGE_KINDS = (
 )
 """Last parts of the names of images that can be packed, in lower case."""
 _ARRAY_KINDS = ("npy", "npz", "pyd", "pth")
+_COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 LABEL_ENDINGS = ("cls", "json", "txt")
 """Endings of labels, best first."""
 MAX_LABEL_BYTES = 1 << 16
@@ -106,6 +107,12 @@ class SampleFile(NamedTuple):
         """Last part of the ending in lower case: `jpg` for `KEY.image.JPG`."""
         return self.ending.rpartition(".")[2].lower()
 
+    @property
+    def is_compressed_image(self) -> bool:
+        """True for `KEY.jpg.gz`."""
+        below = self.ending.lower().split(".")[-2:-1]
+        return self.kind in _COMPRESSIONS and any(kind in IMAGE_KINDS for kind in below)
+
 
 class Sample(NamedTuple):
     """The files that share a key, in stored order."""
@@ -132,6 +139,9 @@ class Sample(NamedTuple):
         array = next((part for part in self.parts if part.kind in _ARRAY_KINDS), None)
         if array is not None:
             raise UnfitSample(f"its image is a .{escape(array.ending)}, which is not read")
+        packed = next((part for part in self.parts if part.is_compressed_image), None)
+        if packed is not None:
+            raise UnfitSample(f"its image is a .{escape(packed.ending)}, compressed; unpack it")
         raise UnfitSample("it has no image", "image")
 
     def without(self, fields: Container[str]) -> Sample:
@@ -195,7 +205,10 @@ def group_samples(
 
 def is_meant(sample: Sample) -> bool:
     """Return whether this is meant to be a sample: it has an image or a `.cls`."""
-    return any(part.kind in (*IMAGE_KINDS, *_ARRAY_KINDS, "cls") for part in sample.parts)
+    return any(
+        part.kind in (*IMAGE_KINDS, *_ARRAY_KINDS, "cls") or part.is_compressed_image
+        for part in sample.parts
+    )
 
 
 def find_torn(unfit: Iterable[tuple[str, UnfitSample]]) -> set[str]:

@@ -91,9 +91,10 @@ def build(options: BuildConfig, target: Target | None = None, pool: Pool | None 
         with announce(f"listing the images of {escape(hide_credentials(options.train))}"):
             plan = make_plan(options, scratch)
         _tell_notes(plan)
-        if _has_too_many_rejects(options, plan, plan.rejected):  # before hours of packing
-            _refuse_rejects(options, plan, target, plan.rejected, write_rejects(plan, scratch))
         _check_state(options, plan, target)
+        # Damage is told before hours of packing; the list of other rejects is whole at their end.
+        if plan.lost and _has_too_many_rejects(options, plan, plan.rejected):
+            _refuse_rejects(options, plan, target, plan.rejected, write_rejects(plan, scratch))
         kept = f"{hide_credentials(target.address)} keeps what is packed"
         with (
             hint_resume(kept),

@@ -136,7 +136,7 @@ def decode_square(data: bytes, min_side: int = 8) -> Pixels:
     become RGB, and colour profiles sRGB. Of an animation it is the first frame.
 
     Args:
-        data: a JPEG, PNG, WebP, GIF, BMP or TIFF.
+        data: an image of a format in `formats`.
         min_side: smaller images, in pixels of their shorter side, are refused.
 
     Returns:

@@ -307,7 +307,7 @@ class _UntilFault:
     def __init__(self, members: Iterator[Member]) -> None:
         self._members = members
         self.fault: DamagedSource | None = None
-        """Why it cannot be read further."""
+        """Damage, from which on the tar cannot be read."""
 
     def __iter__(self) -> Iterator[Member]:
         try:

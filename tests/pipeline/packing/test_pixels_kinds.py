@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
 from pipeline.dataset.jpeg_header import ImageError
-from pipeline.packing import resize
+from pipeline.packing import formats, resize
 from pipeline.packing.resize import decode_square
 from tests.helpers.images import pixels as drawn
 from tests.helpers.source_images import check_roads, profile, psnr, saved
@@ -87,7 +87,7 @@ def png(width: int, depth: int, color: int, row: bytes, *chunks: tuple[bytes, by
     """Return a square PNG of equal rows."""
     header = struct.pack(">IIBBBBB", width, width, depth, color, 0, 0, 0)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress((b"\0" + row) * width))]
-    return resize.PNG + b"".join(
+    return formats.PNG + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in (*parts, (b"IEND", b""))
     )
@@ -225,5 +225,5 @@ def test_profiles_that_change_nothing_or_are_broken_are_ignored():
         assert (decode_square(saved(image, "JPEG", icc_profile=icc)) == plain).all()
     assert not (decode_square(saved(image, "JPEG", icc_profile=profile(1.8))) == plain).all()
     long = profile(1.8)
-    monstrous = long[:-4] + b"\0" * resize.MAX_PROFILE
+    monstrous = long[:-4] + b"\0" * formats.MAX_PROFILE
     assert (resize.pixels_to_srgb(plain, monstrous) == plain).all()

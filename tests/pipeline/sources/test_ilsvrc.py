@@ -206,7 +206,8 @@ def test_images_without_a_label_are_rejected(tmp_path, listed):
         *(WNIDS[5], WNIDS[3], WNIDS[5])
     ]
     assert listing.classes == tuple(sorted((WNIDS[1], WNIDS[3], WNIDS[5])))
-    assert {Path(name).name: reason.partition(":")[0] for name, reason in listing.rejects()} == {
+    found = {Path(one.name).name: one.reason.partition(":")[0] for one in listing.rejects()}
+    assert found == {
         val_name(50_001): "no label",
         "stray.JPEG": "no label",
         "notes.txt": "no image",
@@ -225,7 +226,7 @@ def test_a_kaggle_line_without_a_class_leaves_its_image_out(tmp_path, listed):
     )
     listing = listed(source)
     assert [listing.classes[label] for label in listing.rows["label"]] == [WNIDS[1], WNIDS[0]]
-    assert [name for name, _ in listing.rejects()] == [f"{source}/{val_name(3)}"]
+    assert [one.name for one in listing.rejects()] == [f"{source}/{val_name(3)}"]
 
 
 def test_titles_from_a_list_of_words(tmp_path, listed):

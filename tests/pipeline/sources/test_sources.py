@@ -92,7 +92,7 @@ def test_links_nesting_case_and_hidden_files(tmp_path, listed):
     assert list(listing.names) == ["x.JPEG", "link.jpg", "y.png", "y.png"]
     assert listing.classes == ("a", "b", "c")
     assert listing.rows["label"].tolist() == [0, 0, 1, 2]
-    rejects = [(Path(name).name, reason) for name, reason in listing.rejects()]
+    rejects = [(Path(one.name).name, one.reason) for one in listing.rejects()]
     assert rejects[0] == ("up", "no regular file: a link that leads nowhere, or a device")
     assert sorted(rejects[1:5])[1:] == [
         ("lost.jpg", "no regular file: a link that leads nowhere, or a device"),
@@ -208,7 +208,7 @@ def test_tricks_of_untrusted_tars_end_as_rejects(tmp_path, listed):
         ("a", "a//5.jpg"),
         ("a", "a/x\x1b[2J.jpg"),
     ]
-    assert [name.removeprefix(f"{tmp_path}/evil.tar/") for name, _ in listing.rejects()] == [
+    assert [one.name.removeprefix(f"{tmp_path}/evil.tar/") for one in listing.rejects()] == [
         *("..//6.jpg", "a/../7.jpg", "a/link.jpg", "a/hard.jpg", "a/device.jpg", "a/pipe.jpg"),
     ]
     assert read_contents(listing)[0] == ("a", b"x")

@@ -54,7 +54,7 @@ def _loose_in_a_tar(tmp_path):
 
 def _truncated_tar(tmp_path):
     whole = tar_of(tmp_path / "a.tar", {f"{n}.jpg": jpeg(n) for n in range(4)})
-    whole.write_bytes(whole.read_bytes()[:-14_000])
+    whole.write_bytes(whole.read_bytes()[:900])
     return tmp_path
 
 

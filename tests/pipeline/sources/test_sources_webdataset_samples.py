@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline.dataset.samples import TORN, group_by_key, parse_label
 from pipeline.dataset.tar import read_members
+from pipeline.sources import scan as scan_all
 from pipeline.sources.listing import Listing
 from pipeline.sources.names import HARD_LINK, HIDDEN, LINK
 from pipeline.sources.webdataset import is_webdataset
@@ -50,7 +51,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     with pytest.raises(
         UsageError, match=r"train-000001\.tar cannot be read \(it (ends|has no end)"
     ):
-        scan(folder, tmp_path / "scratch")
+        scan_all(str(folder), tmp_path / "scratch", split="train", strict=True)
 
 
 def test_labels_that_cannot_be_used(tmp_path):
