@@ -129,32 +129,36 @@ def _read_outer(file: BinaryIO, inner: set[str], found: ImageBuffer) -> Iterator
     try:
         yield from read_members(file, found.address, lenient=True)
     except TarFault as fault:
-        if fault.cut is None or not is_tar(fault.cut.name) or is_hidden(fault.cut.name):
+        cut = fault.cut
+        if cut is None or not is_tar(cut.name) or is_hidden(cut.name) or is_system(cut.name):
             raise
-        size = fault.offset + fault.lost - fault.cut.offset
         faults = len(found.writer.faults)
-        _add_inner(file, fault.cut._replace(size=size), inner, found, cut=True)
+        _add_inner(file, cut, inner, found, end=fault.offset + fault.lost)
         if len(found.writer.faults) == faults:  # no byte of its own is missing
             raise
 
 
 def _add_inner(
-    file: BinaryIO, outer: Member, known: set[str], found: ImageBuffer, cut: bool = False
+    file: BinaryIO, outer: Member, known: set[str], found: ImageBuffer, end: int | None = None
 ) -> None:
-    """Add the images of a tar inside a tar: one class; of a cut one, if it has any."""
+    """Add the images of a tar inside a tar: one class; of one that is cut at `end`, if any."""
     class_name = outer.name.rpartition("/")[2][:-4]
     if class_name in known:
         raise UsageError(
             f"tar {escape(found.address)} holds class {class_name!r} twice; merge them"
         )
     known.add(class_name)
-    if not cut:
+    if end is None:
         found.writer.need_class(class_name)
     stop = outer.offset + outer.size
     name = f"{found.address}/{outer.name}"
     with found.until_fault():
-        inside = read_members(file, name, outer.offset, stop, lenient=True)
-        _add_all(inside, f"{outer.name}/", class_name, found)
+        inside = read_members(file, name, outer.offset, end or stop, lenient=True)
+        try:
+            _add_all(inside, f"{outer.name}/", class_name, found)
+        except TarFault as fault:
+            fault.lost = stop - fault.offset  # it had that size, whatever is there
+            raise
 
 
 def _check_parent(address: str, name: str, known: str) -> str:
