@@ -30,6 +30,8 @@ from pipeline.tools.units import cpu_count
 
 LANES = {
     "lrn": Design(),
+    "lrn of 9 maps": Design(lrn_size=9),
+    "constant factor": Design(norm="scale"),
     "lrn and spatial (source)": Design(spatial_norm=True),
     "spatial": Design(norm="spatial"),
     "lcn": Design(norm="lcn"),
@@ -37,6 +39,7 @@ LANES = {
     "none": Design(norm="none"),
     "conv6": Design(conv6=True),
     "four layers, no norm": Design(net="four", columns=1, norm="none"),
+    "locally connected (11 %)": Design(net="local11", columns=1, lrn_size=9, lrn_k=1.0),
 }
 WARM_UP = 2
 

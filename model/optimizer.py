@@ -13,6 +13,10 @@ from model.alexnet import AlexNet
 from model.schedule import Rates
 
 
+ONE_THREAD = 8192
+"""Numbers that torch sums in one thread: fewer than its grain of 32,768."""
+
+
 class Sgd2012:
     """Stochastic gradient descent with momentum, the learning rate inside the velocity.
 
@@ -161,13 +165,13 @@ class Sgd2012:
 def compute_norm(x: Tensor) -> Tensor:
     """Euclidean norm, a float64 scalar, with the same bits for any number of threads.
 
-    Halves are added to each other until one number is left: a sum whose order is its own.
+    Halves are added to each other until so few numbers are left that torch adds them in one thread.
     """
     squares = x.detach().flatten().double().square()
-    while len(squares) > 1:
-        half = len(squares) // 2
-        rest = squares[2 * half :]
-        squares = torch.cat((squares[:half] + squares[half : 2 * half], rest))
+    while len(squares) > ONE_THREAD:
+        half, odd = divmod(len(squares), 2)
+        folded = squares[:half] + squares[half : 2 * half]
+        squares = torch.cat((folded, squares[-1:])) if odd else folded
     return squares.sum().sqrt()
 
 

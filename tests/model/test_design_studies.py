@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.alexnet import RUNNING, AlexNet
 from model.architecture import Design
+from model.layers import LocalConv
 from model.summary import build_table, sum_rows
 from tests.model.test_design import CASES as PLAIN
 from tests.model.test_design import WIDTH, Written, images, narrow, norm, spatial_norm
@@ -263,6 +264,25 @@ def test_the_table_is_of_the_network_that_runs(design: Design) -> None:
     last = [row for row in rows if row.kernel][-1]
     sides = {"paper": 6, "four": 3, "local11": 7, "local13": 7}
     assert last.final_shape[1:] == (sides[design.net], sides[design.net])
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_a_locally_connected_layer_passes_gradcheck(columns: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = LocalConv(2, 2 * columns, 3, 3, columns).double()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    x = torch.randn(2, 2 * columns, 3, 3, generator=generator, dtype=torch.float64)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+
+    values = [layer.weight.detach(), layer.bias.detach()]
+    assert torch.autograd.gradcheck(run, tuple(t.requires_grad_() for t in (x, *values)))
+    narrow, wide = layer.to(torch.bfloat16)(x.bfloat16()), run(x, *values)
+    assert narrow.dtype == torch.bfloat16
+    assert narrow.is_contiguous(memory_format=torch.channels_last)
+    assert (narrow.double() - wide).norm() < 0.02 * wide.norm()
 
 
 def test_a_column_alone_cannot_normalize_across_the_border() -> None:
