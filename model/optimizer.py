@@ -12,7 +12,6 @@ from torch.optim.sgd import sgd
 from model.alexnet import AlexNet
 from model.schedule import Rates
 
-
 ONE_THREAD = 8192
 """Numbers that torch sums in one thread: fewer than its grain of 32,768."""
 
