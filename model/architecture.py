@@ -12,6 +12,8 @@ COLUMN_NAMES = "ab"
 IMAGE_MAPS = 3
 SMALL_IMAGE: Literal[32] = 32
 """Side of the images of CIFAR-10, which the network of figure 1 was made for, in pixels."""
+SMALL_CROP: Literal[24] = 24
+"""Side of the crops of them that the network of 11 % was trained on, in pixels."""
 
 Net = Literal["paper", "four", "local11", "local13"]
 Norm = Literal["lrn", "scale", "spatial", "lcn", "batch", "none"]
@@ -129,9 +131,10 @@ class Design:
     """paper: eight layers; four: the network of figure 1, three convolutions of 5x5 and the output,
     on the image shrunk by 8, or on one of 32 pixels as it is; local11, local13: as four, with two
     convolutions and two locally connected layers (the release's 11 % and 13 % on CIFAR-10)."""
-    image_size: Literal[224, 32] = 224
+    image_size: Literal[224, 32, 24] = 224
     """Side of the image that the network reads, in pixels; 32 only with the networks other than
-    paper, for which a training on stored images of 32x32 sets it by itself."""
+    paper, for which a training on stored images of 32x32 sets it by itself, and 24, crops of them,
+    where it is asked for."""
     norm: Norm = "lrn"
     """Normalization after conv1 and conv2. lrn: local response; scale: the constant lrn_k **
     -lrn_beta, which is what lrn does to small activations, as a control; spatial: the source's,
@@ -302,7 +305,7 @@ class Design:
     def layers(self) -> tuple[Layer, ...]:
         """The rows of this network's table, from the image to the logits."""
         rows = [self._choose_operations(row) for row in self._join_columns(self._select_rows())]
-        if self.image_size == SMALL_IMAGE:
+        if self.image_size in (SMALL_IMAGE, SMALL_CROP):
             rows = [replace(row, shrink=1) for row in rows]
         if self.pool == "2/2":
             pads = {"conv2": 1, "conv5": 0}
@@ -441,16 +444,16 @@ def fit_design(design: Design, side: int | None) -> Design:
         ValueError: it reads larger ones; the message begins with what is stored.
     """
     if design.net in SMALL_NETS and side == SMALL_IMAGE:
-        return replace(design, image_size=SMALL_IMAGE)
-    if design.image_size == SMALL_IMAGE or (side is not None and side < design.image_size):
+        is_cropped = design.image_size == SMALL_CROP
+        return design if is_cropped else replace(design, image_size=SMALL_IMAGE)
+    if design.image_size in (SMALL_IMAGE, SMALL_CROP) or (
+        side is not None and side < design.image_size
+    ):
+        sizes = "32" if design.image_size == SMALL_CROP else "32 or 256"
         stored = f"images of {side}x{side}" if side else "images of many sizes"
         raise ValueError(
             f"{stored}, and net = {design.net!r} reads {design.image_size}x{design.image_size}; "
             "build it with --size "
-            + (
-                "32 or 256"
-                if design.net in SMALL_NETS
-                else "256, or train the preset four on 32x32"
-            )
+            + (sizes if design.net in SMALL_NETS else "256, or train the preset four on 32x32")
         )
     return design

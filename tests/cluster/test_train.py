@@ -188,3 +188,8 @@ def test_the_network_of_figure_1_reads_images_of_32_pixels_as_they_are(
         evaluate([str(run), "--views", "1", "--data", str(large)])
     assert command("--data", raw, *flags, "--steps", "3") == 0
     assert [row["step"] for row in rows(run)] == [1, 2, 3]
+    crops = ("--net", "local11", "--columns", "1", "--width", "0.25", "--image-size", "24")
+    said = refused(command, "--data", large, *crops, "--run", tmp_path / "crops")
+    assert "net = 'local11' reads 24x24; build it with --size 32" in said
+    assert command("--data", raw, *crops, "--run", tmp_path / "crops") == 0
+    assert evaluate([str(tmp_path / "crops"), "--views", "10"]) == 0  # corners of 24 in 32
