@@ -62,7 +62,7 @@ class Estimate:
     reduce: float
     """Seconds of a step's all-reduce."""
     limit: str
-    """What the passes wait for: the GPU or its decoding."""
+    """Slower of the two: "GPU" or "decoding"."""
 
     @property
     def best(self) -> float:
