@@ -187,6 +187,7 @@ class Design:
             self._check_type(field.name)
         if self.columns not in (1, 2):
             raise ValueError(f"columns is {self.columns}; a network has 1 or 2")
+        self._check_small_net()
         smallest = 1 / min(layer.maps for layer in self._select_rows() if layer.maps)
         if not self.width <= WIDEST:  # a NaN is no number to compare with
             raise ValueError(f"width is {self.width!r:.40}; it must be finite, {WIDEST} at most")
@@ -194,7 +195,6 @@ class Design:
             raise ValueError(
                 f"width is {self.width}; the smallest that makes sense is {smallest:.3f}"
             )
-        self._check_small_net()
         self._check_norms()
         if not 0 <= self.middle_std < math.inf:
             raise ValueError(f"middle_std is {self.middle_std}; it is a number from 0 up")
