@@ -236,6 +236,8 @@ class Verify(Options):
     """Folder of the dataset; with --ledger by default that of the first RUN."""
     decode: bool = False
     """Decode every image, too; an image that DALI might refuse is named."""
+    data_version: Annotated[str, tyro.conf.arg(metavar="N")] = ""
+    """Version of the dataset: its number, or its identity; by default the newest."""
     json: bool = False
     """Print one JSON object on stdout."""
     ledger: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN [RUN ...]")] = ()

@@ -13,12 +13,15 @@ delivered exactly once? Exit code 0: sound. 4: damaged, or not exactly once.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
+
+import numpy as np
 
 from pipeline.dataset.check import (
     CheckJob,
@@ -31,11 +34,21 @@ from pipeline.dataset.check import (
     find_unknown_files,
     make_damage_row,
 )
-from pipeline.dataset.manifest import NAME as MANIFEST
-from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.index import map_index
+from pipeline.dataset.manifest import Manifest, find_root
 from pipeline.dataset.members import list_fields
 from pipeline.dataset.samples import Classes
 from pipeline.dataset.tar import escape
+from pipeline.dataset.versions import (
+    Version,
+    Withdrawn,
+    find_version,
+    list_versions,
+    load_withdrawn,
+    parse_version,
+    read_local,
+    version_place,
+)
 from pipeline.options import Verify
 from pipeline.remote.dataset import locate_dataset
 from pipeline.remote.filesystem import is_remote, local_path
@@ -69,24 +82,34 @@ class VerificationReport:
     """Number of images in those shards, by the manifest."""
 
 
-def check(data: Path, *, decode: bool = False, workers: int | None = None) -> VerificationReport:
-    """Check all of a dataset.
+def check(
+    data: Path, *, decode: bool = False, workers: int | None = None, version: Version = None
+) -> VerificationReport:
+    """Check all of a version of a dataset.
 
     Args:
         data: folder of the dataset.
         decode: decode every image, too.
         workers: number of processes; by default one per core, and none for a small dataset.
+        version: number or identity of the version; None: the newest.
 
     Raises:
-        UsageError: `data` holds no dataset.
+        UsageError: `data` holds no dataset, or no such version.
         DuetError: a process died.
     """
+    root = find_root(data)
     try:
-        manifest = Manifest.load(data)
+        Manifest.load(data)
+        if version is not None:
+            data = version_place(root, find_version(read_local(root), version, str(root)))
+        manifest, versions = Manifest.load(data), list(list_versions(read_local(root), str(root)))
+        newest = versions[0].manifest
+        withdrawn = load_withdrawn(root, newest)
     except DamagedFile as error:  # where it says the files are, nobody should look
-        return VerificationReport([make_damage_row(MANIFEST, error.reason)])
+        name = os.path.relpath(error.path, root)
+        return VerificationReport([make_damage_row(name, error.reason)])
     report = VerificationReport()
-    report.notes = find_unknown_files(data, manifest)
+    report.notes = find_unknown_files(root, versions)
     report.damage += check_stats(data, manifest) + check_lists(data, manifest)
     sound: dict[str, tuple[str, ...]] = {}
     for name in manifest.splits:
@@ -95,7 +118,7 @@ def check(data: Path, *, decode: bool = False, workers: int | None = None) -> Ve
         report.damage += found + others
         if not found:
             sound[name] = () if others else tuple(manifest.splits[name].tables)
-    jobs = list(_list_jobs(data, manifest, sound, decode))
+    jobs = list(_list_jobs(root, manifest, sound, decode, newest, withdrawn))
     total = sum(job.shard.bytes for job in jobs)
     if workers is None:
         workers = _choose_workers(manifest, total, decode)
@@ -116,36 +139,68 @@ def _choose_workers(manifest: Manifest, total: int, decode: bool) -> int:
 
 
 def _list_jobs(
-    data: Path, manifest: Manifest, sound: dict[str, tuple[str, ...]], decode: bool
+    root: Path,
+    manifest: Manifest,
+    sound: dict[str, tuple[str, ...]],
+    decode: bool,
+    newest: Manifest,
+    withdrawn: Withdrawn,
 ) -> Iterator[CheckJob]:
-    """Yield a job for each shard; `sound` has the splits with a sound index, and their tables."""
+    """Yield a job for each shard.
+
+    Args:
+        root: folder of the shards.
+        manifest: of the version.
+        sound: tables of each split whose index is sound.
+        decode: decode each image.
+        newest: manifest of the newest version, which knows the shards that were purged.
+        withdrawn: all samples that were withdrawn.
+    """
     classes = Classes(manifest.classes, decimals=manifest.foreign)
     facts = replace(manifest, splits={})  # each job goes to a process, and there may be a million
     for name, split in manifest.splits.items():
-        starts = accumulate((shard.samples for shard in split.shards[:-1]), initial=0)
-        for number, (shard, start) in enumerate(zip(split.shards, starts, strict=True)):
+        places = _place_samples(root, name, manifest, name in sound)
+        for number, (shard, ids) in enumerate(zip(split.shards, places, strict=True)):
+            purged = newest.purged.get(shard.name, shard.sha256)
             yield CheckJob(
-                data=data,
+                data=root,
                 split=name,
                 number=number,
-                shard=shard,
-                start=start,
+                shard=replace(shard, sha256=purged),
+                ids=ids,
                 indexed=name in sound,
                 classes=classes,
                 manifest=facts,
                 decode=decode,
                 tables=sound.get(name, ()),
                 fields=tuple(list_fields(split.tables)),
+                withdrawn=frozenset(one.offset for one in withdrawn.get(shard.name, ())),
             )
 
 
-def verify(data: Path, *, decode: bool = False) -> list[DamageRow]:
+def _place_samples(
+    root: Path, name: str, manifest: Manifest, is_sound: bool
+) -> Iterator[Sequence[int]]:
+    """Yield the ids of the samples of each shard of a split."""
+    counts = [shard.samples for shard in manifest.splits[name].shards]
+    borders = pairwise(accumulate(counts, initial=0))
+    if manifest.number == 1 or not is_sound:
+        yield from (range(start, stop) for start, stop in borders)
+        return
+    shards = map_index(root, name, manifest)["shard"]  # replaced samples are in later ones
+    order = np.argsort(shards, kind="stable")
+    for number, (start, stop) in enumerate(borders):
+        ids = order[start:stop]
+        yield ids[shards[ids] == number].tolist()
+
+
+def verify(data: Path, *, decode: bool = False, version: Version = None) -> list[DamageRow]:
     """Return all damage found in a dataset; an empty list means it is sound.
 
     Raises:
         UsageError: `data` holds no dataset.
     """
-    return check(data, decode=decode).damage
+    return check(data, decode=decode, version=version).damage
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -162,7 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     if options.ledger:
         return _prove_delivery(options, folder)
     started = time.monotonic()
-    report = check(folder, decode=options.decode)
+    version = parse_version(options.data_version, "--data-version")
+    report = check(folder, decode=options.decode, version=version)
     seconds = time.monotonic() - started
     if options.json:
         sys.stdout.write(json.dumps(_make_facts(options, report, seconds)) + "\n")

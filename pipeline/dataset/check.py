@@ -8,7 +8,9 @@ damaged.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from pipeline.dataset.index import (
     map_index,
     sample_key,
 )
-from pipeline.dataset.manifest import DUPLICATES, REJECTS, Manifest, Shard
+from pipeline.dataset.manifest import DUPLICATES, REJECTS, VERSIONS, Manifest, Shard, tables_folder
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.members import (
     TEXT_KINDS,
@@ -46,8 +48,9 @@ from pipeline.dataset.samples import (
     find_label,
     group_samples,
 )
-from pipeline.dataset.shards import format_idx, parse_idx
+from pipeline.dataset.shards import format_idx, parse_idx, shard_number
 from pipeline.dataset.tar import Member, TarFault, escape, read_members
+from pipeline.dataset.versions import AGGREGATES, WITHDRAWN, SealedVersion
 from pipeline.tools.errors import DamagedFile, refuse_forbidden
 from pipeline.tools.files import HashedFile, sha256
 from pipeline.tools.jsonl import parse_rows
@@ -87,7 +90,8 @@ def check_file(path: Path, expected: str) -> list[DamageRow]:
 
 def check_index(data: Path, name: str, manifest: Manifest) -> list[DamageRow]:
     """Check the index file of a split; `check_shard` checks its rows."""
-    if found := check_file(data / index_name(name), manifest.splits[name].index_sha256):
+    path = tables_folder(data, manifest) / index_name(name)
+    if found := check_file(path, manifest.splits[name].index_sha256):
         return found
     try:
         map_index(data, name, manifest)
@@ -105,18 +109,18 @@ def check_tables(data: Path, name: str, manifest: Manifest, indexed: bool) -> li
         manifest: of the data set.
         indexed: True if the split's index file is sound, so that its samples are counted right.
     """
-    split = manifest.splits[name]
+    split, folder = manifest.splits[name], tables_folder(data, manifest)
     found = []
     for table, digest in split.tables.items():
-        found += check_file(data / f"{name}.{table}", digest)
+        found += check_file(folder / f"{name}.{table}", digest)
     if found or not indexed:
         return found
     try:
         for kind in TEXT_KINDS:
             if text_files(kind)[0] in split.tables:
-                TextTable(data, name, kind, split.samples).check()
+                TextTable(folder, name, kind, split.samples).check()
         for field in list_fields(split.tables):
-            map_members(data, name, field, split.samples, split.tables[field_table(field)])
+            map_members(folder, name, field, split.samples, split.tables[field_table(field)])
     except DamagedFile as error:
         return [make_damage_row(Path(error.path).name, error.reason)]
     return []
@@ -124,7 +128,7 @@ def check_tables(data: Path, name: str, manifest: Manifest, indexed: bool) -> li
 
 def check_stats(data: Path, manifest: Manifest) -> list[DamageRow]:
     """Check hash and numbers of the statistics."""
-    if found := check_file(data / STATS, manifest.stats_sha256):
+    if found := check_file(tables_folder(data, manifest) / STATS, manifest.stats_sha256):
         return found
     try:
         Statistics.load(data, manifest)
@@ -134,10 +138,14 @@ def check_stats(data: Path, manifest: Manifest) -> list[DamageRow]:
 
 
 def check_lists(data: Path, manifest: Manifest) -> list[DamageRow]:
-    """Check the lists of rejects and of duplicates."""
+    """Check the lists of rejects and of duplicates, and what a later version has beside them."""
+    folder = tables_folder(data, manifest)
+    others = {WITHDRAWN: manifest.withdrawn_sha256, AGGREGATES: manifest.aggregates_sha256}
+    found = [check_file(folder / name, one) for name, one in others.items() if one is not None]
     return [
-        *_check_list(data / REJECTS, manifest, "rejected", {"name", "reason"}),
-        *_check_list(data / DUPLICATES, manifest, "duplicates", set()),
+        *_check_list(folder / REJECTS, manifest, "rejected", {"name", "reason"}),
+        *_check_list(folder / DUPLICATES, manifest, "duplicates", set()),
+        *chain.from_iterable(found),
     ]
 
 
@@ -162,13 +170,17 @@ def _check_list(path: Path, manifest: Manifest, field: str, columns: set[str]) -
     return [make_damage_row(path.name, reason)] if count != expected else []
 
 
-def find_unknown_files(data: Path, manifest: Manifest) -> list[str]:
-    """Return the names of files and folders that do not belong to the data set; they do no harm."""
-    known = {MANIFEST, STATS, REJECTS, DUPLICATES, *map(index_name, manifest.splits)}
-    for name, split in manifest.splits.items():
-        known |= {f"{name}.{table}" for table in split.tables}
-        for shard in split.shards:
-            known |= {shard.name, Path(shard.name).with_suffix(".idx").name}
+def find_unknown_files(data: Path, versions: Iterable[SealedVersion]) -> list[str]:
+    """Return the names of files and folders that no version has in `data`; they do no harm."""
+    known = {MANIFEST, AGGREGATES}
+    for version in versions:
+        manifest = version.manifest
+        known |= {VERSIONS} if manifest.tables_in else {STATS, REJECTS, DUPLICATES}
+        for name, split in manifest.splits.items():
+            if not manifest.tables_in:
+                known |= {index_name(name), *(f"{name}.{table}" for table in split.tables)}
+            for shard in split.shards:
+                known |= {shard.name, Path(shard.name).with_suffix(".idx").name}
     return sorted(path.name for path in data.iterdir() if path.name not in known)
 
 
@@ -176,12 +188,13 @@ class CheckJob(NamedTuple):
     """A shard to check, and facts of its data set."""
 
     data: Path
+    """Folder of the shards."""
     split: str
     number: int
     """Number of the shard in its split, from 0."""
     shard: Shard
-    start: int
-    """Id of the shard's first sample."""
+    ids: Sequence[int]
+    """Ids of the shard's samples."""
     indexed: bool
     """True if the split's index file is sound."""
     classes: Classes
@@ -193,6 +206,8 @@ class CheckJob(NamedTuple):
     """Names of the split's sound tables (`members`)."""
     fields: tuple[str, ...] = ()
     """Other members that each sample has, also where their tables are damaged."""
+    withdrawn: frozenset[int] = frozenset()
+    """Offsets of images that were withdrawn: their bytes may be gone."""
 
 
 class CheckResult(NamedTuple):
@@ -236,8 +251,8 @@ class _ShardCheck:
         """Return the findings of all checks: of the tar, then of its `.idx`."""
         rows: Index | None = None
         if self._job.indexed:
-            index = np.load(self._job.data / index_name(self._job.split), mmap_mode="r")
-            rows = np.array(index[self._job.start :][: self._job.shard.samples])
+            index = np.load(self._tables / index_name(self._job.split), mmap_mode="r")
+            rows = np.array(index[np.array(self._job.ids, np.int64)])
             self._open_tables(len(index))
             self._check_rows(rows)
         else:
@@ -267,30 +282,51 @@ class _ShardCheck:
         return DIFFERS
 
     def _add(self, reason: str, place: int | None = None, key: str | None = None) -> None:
-        sample = None if place is None else self._job.start + place
+        sample = None if place is None else self._job.ids[place]
         self._found.append(make_damage_row(self._job.shard.name, reason, sample, key))
+
+    @property
+    def _tables(self) -> Path:
+        return tables_folder(self._job.data, self._job.manifest)
 
     def _check_rows(self, rows: Index) -> None:
         """Check each row of the index against the tar, and the bytes in its range."""
-        images = ((_find_image(sample), sample) for sample in self._samples)
-        there = {self._payload(part)[0]: sample for part, sample in images if part is not None}
+        images = ((n, _find_image(one), one) for n, one in enumerate(self._samples))
+        there = {self._payload(part)[0]: (n, one) for n, part, one in images if part is not None}
         job, fault = self._job, self._fault
         wrong = dict(find_row_faults(rows, job.number, job.shard.bytes, job.manifest))
         for place, row in enumerate(rows.tolist()):
-            sample = there.pop(row[2], None)
-            reason = wrong.get(place) or self._check_row(place, row, sample, fault)
+            in_tar, sample = there.pop(row[2], (place, None))
+            if row[2] in job.withdrawn:
+                continue
+            if self._is_first:
+                in_tar = place  # a later version may lack samples of the tar
+            reason = wrong.get(place) or self._check_row(place, in_tar, row, sample, fault)
             if reason is not None:
                 key = None if sample is None else sample.key
-                key = key if job.manifest.foreign else sample_key(self._job.number, place)
-                self._add(reason, place, key)
+                self._add(reason, place, key if job.manifest.foreign else self._key(in_tar))
             if sample is None:
                 fault = None  # it is reported for the first sample only
-        if self._fault is None and not job.manifest.foreign:
-            for sample in there.values():
+        if self._fault is None and self._is_first and not job.manifest.foreign:
+            for _, sample in there.values():
                 self._add("it is in the tar and not in the index", key=sample.key)
 
+    @property
+    def _is_first(self) -> bool:
+        """True for a first version, whose shards hold the samples of its index and no others."""
+        return self._job.manifest.number == 1
+
+    def _key(self, place: int) -> str:
+        """Return the key that a sample of a build has, by its place in the tar."""
+        return sample_key(shard_number(self._job.shard.name), place)
+
     def _check_row(
-        self, place: int, row: tuple[int, ...], sample: Sample | None, fault: str | None
+        self,
+        place: int,
+        in_tar: int,
+        row: tuple[int, ...],
+        sample: Sample | None,
+        fault: str | None,
     ) -> str | None:
         """Return the first fault of a sample, None if it has none."""
         _, label, offset, size, crc, *sides = row
@@ -308,7 +344,7 @@ class _ShardCheck:
             return fault
         shape = (sides[1], sides[0]) if sides else None
         return (
-            self._check_sample(place, sample, label, size)
+            self._check_sample(in_tar, sample, label, size)
             or self._check_members(place, sample)
             or self._check_image(data, shape)
         )
@@ -334,17 +370,17 @@ class _ShardCheck:
     def _open_tables(self, samples: int) -> None:
         """Read the keys of the shard's samples, and the rows of each field."""
         job = self._job
-        ids = np.arange(job.start, job.start + job.shard.samples)
+        ids = np.array(job.ids, np.int64)
         if text_files("keys")[0] in job.tables:
-            self._keys = TextTable(job.data, job.split, "keys", samples).read(ids)
+            self._keys = TextTable(self._tables, job.split, "keys", samples).read(ids)
         for field in list_fields(job.tables):
-            self._members[field] = map_members(job.data, job.split, field, samples, None)[ids]
+            self._members[field] = map_members(self._tables, job.split, field, samples, None)[ids]
 
     def _check_sample(self, place: int, sample: Sample, label: int, size: int) -> str | None:
         """Return the first fault of a sample's members, None if they have none."""
         job, manifest = self._job, self._job.manifest
         if not manifest.foreign:
-            if sample.key != sample_key(job.number, place):
+            if sample.key != self._key(place):
                 return f"its key in the tar is {escape(sample.key)}"
             endings = sorted([*self._list_label(), ENDINGS[manifest.encoding], *job.fields])
             if [part.ending for part in sample.parts] != endings:
@@ -401,9 +437,9 @@ class _ShardCheck:
 
     def _check_without_index(self) -> None:
         """Check the tar alone, because the index is damaged."""
-        for place, sample in enumerate(self._samples):
+        for place, sample in enumerate(self._samples if self._is_first else ()):
             if reason := self._check_without_row(place, sample):
-                self._add(reason, place, sample.key)
+                self._add(reason, place if place < len(self._job.ids) else None, sample.key)
         if self._fault is not None:
             self._add(self._fault)
 

@@ -118,6 +118,12 @@ def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:06d}.tar"
 
 
+def shard_number(name: str) -> int:
+    """Return the number of a shard that a build named, -1 of another."""
+    found = re.fullmatch(r".+-([0-9]{6,})\.tar", name)
+    return int(found[1]) if found else -1
+
+
 @dataclass(frozen=True)
 class WrittenTar:
     """Result of `write_tar`."""

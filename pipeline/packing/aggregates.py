@@ -1,0 +1,190 @@
+"""Pixel sums and perceptual hashes of a data set, kept so that its next version needs no old image.
+
+`aggregates.npz` lies beside the index of the version that it belongs to, whose SHA-256 it names. A
+set from before it, or of another tool, is measured once, when its next version is made.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from isal import isal_zlib
+
+from pipeline.dataset.image_stats import Sums
+from pipeline.dataset.images import SIZE, Undecodable, decode_image
+from pipeline.dataset.index import Index
+from pipeline.dataset.manifest import Manifest
+from pipeline.packing.duplicates import perceptual_hash
+from pipeline.packing.hamming import BITS, Hashes
+from pipeline.packing.resize import resample
+from pipeline.remote.target import ByteRange, Target
+from pipeline.tools.errors import DataError
+from pipeline.tools.processes import Pool
+from pipeline.tools.progress import Progress
+
+HASH_BYTES = BITS // 8
+BATCH = 256
+"""Stored images that are measured in one job."""
+
+
+@dataclass(frozen=True)
+class Aggregates:
+    """Content of `aggregates.npz`."""
+
+    sums: Sums
+    """Sums over the training images as they were before they were encoded."""
+    hashes: Mapping[str, Hashes]
+    """uint8 [N, 32] of each split: perceptual hash of each image, in the order of ids."""
+
+    def write(self, file: IO[bytes], indices: Mapping[str, str]) -> None:
+        """Write the file; the same numbers give the same bytes.
+
+        Args:
+            file: open for writing.
+            indices: SHA-256 of the index of each split.
+        """
+        arrays: dict[str, Any] = {f"hashes-{name}": one for name, one in self.hashes.items()}
+        arrays |= {f"index-{name}": np.array(one) for name, one in indices.items()}
+        np.savez(
+            file,
+            images=np.uint64(self.sums.images),
+            image_sum=self.sums.image_sum,
+            outer=self.sums.outer,
+            **arrays,
+        )
+
+    @classmethod
+    def parse(cls, content: bytes, manifest: Manifest) -> Aggregates | None:
+        """Return the aggregates of this version; None if these are damaged, or of another."""
+        try:
+            with np.load(io.BytesIO(content)) as arrays:
+                sums = Sums(manifest.mean_side)
+                if arrays["image_sum"].shape != sums.image_sum.shape:
+                    return None
+                sums.images = int(arrays["images"])
+                sums.image_sum, sums.outer = arrays["image_sum"], arrays["outer"]
+                hashes = {name: arrays[f"hashes-{name}"] for name in manifest.splits}
+                for name, split in manifest.splits.items():
+                    if str(arrays[f"index-{name}"]) != split.index_sha256:
+                        return None
+                    if hashes[name].shape != (split.samples, HASH_BYTES):
+                        return None
+        except Exception:  # NumPy's reader raises anything on a damaged file
+            return None
+        return cls(sums, hashes)
+
+
+def subtract(sums: Sums, removed: Sums) -> Sums:
+    """Return sums without some images, which were decoded from their stored form.
+
+    That form differs by what its encoding lost; no sum falls below 0.
+    """
+    left = Sums(len(sums.image_sum))
+    left.images = sums.images - removed.images
+    left.image_sum = sums.image_sum - np.minimum(sums.image_sum, removed.image_sum)
+    left.outer = np.maximum(sums.outer - removed.outer, 0)
+    return left
+
+
+@dataclass(frozen=True)
+class MeasureJob:
+    """Stored images to decode, with everything that a worker on any node needs."""
+
+    target: Target
+    number: int
+    """Place of the first among the images of this measurement."""
+    ranges: tuple[ByteRange, ...]
+    crcs: tuple[int, ...]
+    """CRC-32 of each, as the index has it."""
+    manifest: Manifest
+    """Manifest of the data set, without its splits."""
+
+
+class MeasuredImages(NamedTuple):
+    """Sums and hashes of some stored images."""
+
+    number: int
+    sums: Sums
+    hashes: Hashes
+
+
+def measure_images(job: MeasureJob) -> MeasuredImages:
+    """Decode stored images, and measure them as when they were packed; runs in a worker process.
+
+    Raises:
+        DataError: one is damaged.
+        OSError: the target cannot be read.
+    """
+    manifest, sums = job.manifest, Sums(job.manifest.mean_side)
+    hashes = np.zeros((len(job.ranges), HASH_BYTES), np.uint8)
+    size = (manifest.side, manifest.side) if manifest.side else None
+    found = job.target.read_ranges(job.ranges)
+    for place, (one, crc, data) in enumerate(zip(job.ranges, job.crcs, found, strict=True)):
+        where = f"the image at byte {one.offset:,} of {job.target.address}/{one.name}"
+        if isal_zlib.crc32(data) != crc:
+            raise DataError(f"{where} is damaged (CRC-32 differs); duet verify lists all damage")
+        try:
+            pixels = decode_image(data, manifest.encoding, size)
+        except Undecodable as error:
+            raise DataError(f"{where} cannot be decoded ({error}); withdraw it first") from error
+        square = pixels if pixels.shape[:2] == (SIZE, SIZE) else resample(pixels)
+        sums.add(pixels if manifest.fit == "square" else square)
+        hashes[place] = np.frombuffer(perceptual_hash(square), np.uint8)
+    return MeasuredImages(job.number, sums, hashes)
+
+
+def measure(
+    target: Target,
+    manifest: Manifest,
+    split: str,
+    rows: Index,
+    pool: Pool,
+    what: str = "reading stored images",
+) -> tuple[Sums, Hashes]:
+    """Return the sums and hashes of stored images.
+
+    Args:
+        target: the data set.
+        manifest: of the version that has them.
+        split: name of their split.
+        rows: of its index.
+        pool: runs the jobs.
+        what: words for the progress line.
+
+    Raises:
+        As `measure_images`.
+    """
+    sums, hashes = Sums(manifest.mean_side), np.zeros((len(rows), HASH_BYTES), np.uint8)
+    jobs = _list_jobs(target, manifest, split, rows)
+    with Progress(what, total=len(rows), unit="img") as progress:
+        for done in pool.run(measure_images, jobs):
+            sums += done.sums
+            hashes[done.number : done.number + len(done.hashes)] = done.hashes
+            progress.advance(len(done.hashes))
+    return sums, hashes
+
+
+def _list_jobs(
+    target: Target, manifest: Manifest, split: str, rows: Index
+) -> Iterator[MeasureJob]:
+    from dataclasses import replace
+
+    shards, facts = manifest.splits[split].shards, replace(manifest, splits={})
+    for start in range(0, len(rows), BATCH):
+        block = rows[start : start + BATCH]
+        places = zip(block["shard"].tolist(), block["offset"].tolist(), block["size"].tolist(), strict=True)
+        ranges = tuple(ByteRange(shards[shard].name, at, size) for shard, at, size in places)
+        yield MeasureJob(target, start, ranges, tuple(block["crc"].tolist()), facts)
+
+
+Keys = npt.NDArray[np.uint64]
+
+
+def content_keys(sizes: npt.NDArray[Any], crcs: npt.NDArray[Any]) -> Keys:
+    """Return size and CRC-32 of stored images as one number each."""
+    return sizes.astype(np.uint64) << np.uint64(32) | crcs.astype(np.uint64)
