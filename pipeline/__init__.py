@@ -3,6 +3,7 @@
 batches         `Stream`, `Batch`: the public face
 build_shards    command: images to a sealed data set
 index_shards    command: index another tool's WebDataset shards in place
+withdraw        command: a version of a set without some samples
 verify          command: a data set against its manifest, ledgers against the order
 describe        command: what a data set holds, as a table and a page
 throughput      command: how fast the stream is, and what limits it

@@ -66,6 +66,7 @@ def summary_lines(options: BuildConfig, manifest: Manifest, seconds: float | Non
     """Yield the lines about samples, size and duplicates for the terminal."""
     out = options.out
     size = human_bytes(sum(split.bytes for split in manifest.splits.values()))
+    out = f"{out}, version {manifest.number}" if manifest.number > 1 else out
     parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
     classes = f"{len(manifest.classes):,}" if manifest.classes else "no"
     skipped = f", {manifest.rejected:,} skipped ({out}/{REJECTS})" if manifest.rejected else ""
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(BuildConfig, argv, "python -m pipeline.build_shards")
     started = time.monotonic()
     target = open_target(options.out)
-    known = is_finished(target)
+    known = is_finished(target) and not options.extends
     manifest = build(options, target)
     report_build(options, manifest, target, None if known else time.monotonic() - started)
     return 0

@@ -47,7 +47,7 @@ class BuildConfig(Options):
 
     out: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """Folder of the data set; created if need be."""
-    train: Annotated[str, tyro.conf.arg(metavar="SRC")]
+    train: Annotated[str, tyro.conf.arg(metavar="SRC")] = ""
     """Training images: a folder per class, ILSVRC's or any tars of classes, Kaggle's tree, a
     folder (or addresses) of parquet files or of WebDataset shards."""
     val: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
@@ -98,11 +98,24 @@ class BuildConfig(Options):
     """Processes that decode and encode."""
     json: bool = False
     """Print one JSON object about the finished set on stdout."""
+    add: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
+    """Images to add to the finished set OUT, as a new version of it: any source that --train takes.
+    Those that it has already are skipped."""
+    split: Literal["train", "val"] = "train"
+    """Split to which --add adds."""
+    replace: bool = False
+    """Let an image of --add take the place of the one of the same name in the set."""
+    new_classes: bool = False
+    """Let --add bring classes that the set does not have; they are numbered behind the others."""
+    retry_rejects: bool = False
+    """Pack those images of OUT's sources that were rejected and can be read by now, as a new
+    version."""
 
     def check(self) -> None:
         """Refuse values that cannot work, each in one line (UsageError)."""
         from pipeline.dataset.images import LEAST_SIZE, MOST_SIZE
 
+        self._check_additions()
         require_range("samples_per_shard", self.samples_per_shard, 1, 100_000)
         require_range("quality", self.quality, 1, 100)
         require_range("size", self.size, LEAST_SIZE, MOST_SIZE)
@@ -129,6 +142,28 @@ class BuildConfig(Options):
             raise UsageError("--val-labels names labels, and --no-labels has none; leave one out")
         self._check_members()
         self._refuse_out_in_source()
+
+    @property
+    def extends(self) -> bool:
+        """True if a new version of a finished set is made."""
+        return self.add is not None or self.retry_rejects
+
+    def _check_additions(self) -> None:
+        if not self.extends:
+            if not self.train:
+                raise UsageError("--train SRC is missing; name the training images (or --add SRC)")
+            for name in ("replace", "new_classes"):
+                if getattr(self, name):
+                    flag = name.replace("_", "-")
+                    raise UsageError(f"--{flag} goes with --add SRC; name the images to add")
+            return
+        if self.add is not None and self.retry_rejects:
+            raise UsageError("--add and --retry-rejects make a version each; give one of them")
+        if self.train or self.val or self.holdout:
+            flag = "--train" if self.train else "--val" if self.val else "--holdout"
+            raise UsageError(f"{flag} begins a data set, and --add goes on with one; leave it out")
+        if self.retry_rejects and (self.replace or self.new_classes):
+            raise UsageError("--retry-rejects takes neither --replace nor --new-classes")
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -167,7 +202,7 @@ class BuildConfig(Options):
         if is_remote(self.out):
             return
         out = local_path(self.out).resolve()
-        for source in filter(None, (self.train, self.val)):
+        for source in filter(None, (self.train, self.val, self.add)):
             if not is_remote(source) and out.is_relative_to(local_path(source).resolve()):
                 raise UsageError(f"{self.out} lies inside the source {source}; name another OUT")
 
@@ -215,6 +250,40 @@ class IndexConfig(Options):
         for flag, glob in (("--train", self.train), ("--val", self.val)):
             if glob is not None and "/" in glob:
                 raise UsageError(f"{flag} {glob} has a /; give names of files in {self.folder}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithdrawOptions(Options):
+    """Withdraw samples from a data set: a new version lacks them, and no version delivers them.
+
+    Shards stay as they are, and so do the versions before: but whoever reads one of these gets
+    another sample in place of each that was withdrawn. --purge overwrites the bytes, too.
+    """
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("data/flowers --keys names.txt --purge",)
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Folder or address (s3://, gs://, az://) of the data set."""
+    keys: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Names of the samples, one a line, as SPLIT.names.txt has them (SPLIT.keys.txt in shards of
+    another tool)."""
+    class_name: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
+    """Class whose samples are withdrawn; its label stays."""
+    purge: bool = False
+    """Overwrite the bytes of all withdrawn samples in their shards by zeros; with neither --keys
+    nor --class of those that were withdrawn before."""
+    workers: int = cpu_count()
+    """Processes that decode, to bring the statistics up to date."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def check(self) -> None:
+        """Refuse values that cannot work, each in one line (UsageError)."""
+        require_range("workers", self.workers, 1, MOST_PROCESSES)
+        if self.keys is not None and self.class_name is not None:
+            raise UsageError("--keys and --class exclude each other; give one of them")
+        if self.keys is None and self.class_name is None and not self.purge:
+            raise UsageError("name what to withdraw: --keys FILE, or --class NAME")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,6 +76,8 @@ class VerificationReport:
     """Damaged places; empty if the dataset is sound."""
     notes: list[str] = field(default_factory=list)
     """Names of files in the folder that are not part of the dataset."""
+    unpurged: list[str] = field(default_factory=list)
+    """Names of the shards that a purge which was cut short has not reached."""
     bytes: int = 0
     """Number of bytes read, of shards."""
     images: int = 0
@@ -127,6 +129,7 @@ def check(
             report.damage += checked.damage
             report.bytes += checked.bytes
             report.images += job.shard.samples if checked.bytes else 0
+            report.unpurged += [job.shard.name] if checked.is_unpurged else []
             progress.advance(job.shard.bytes >> 20)
             progress.note(f"{len(report.damage):,} damaged" if report.damage else "")
     return report
@@ -174,6 +177,7 @@ def _list_jobs(
                 decode=decode,
                 tables=sound.get(name, ()),
                 fields=tuple(list_fields(split.tables)),
+                unpurged=shard.sha256 if shard.name in newest.purged else None,
                 withdrawn=frozenset(one.offset for one in withdrawn.get(shard.name, ())),
             )
 
@@ -228,6 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.write(f"... and {more:,} more; --json lists them all\n")
     if report.notes:
         sys.stderr.write(f"no part of the set: {_shorten_list(report.notes)}\n")
+    sys.stderr.writelines(_describe_unpurged(options.data, report))
     sys.stderr.write(f"{_describe_speed(report, seconds, options.decode)}\n")
     if report.damage:
         count = len(report.damage)
@@ -248,6 +253,14 @@ def _make_facts(options: Verify, report: VerificationReport, seconds: float) -> 
         "bytes": report.bytes,
         "seconds": round(seconds, 3),
     }
+
+
+def _describe_unpurged(data: str, report: VerificationReport) -> Iterator[str]:
+    if names := report.unpurged:
+        yield (
+            f"{len(names):,} shards ({_shorten_list(names)}) still hold samples that were "
+            f"withdrawn: run duet withdraw {data} --purge again\n"
+        )
 
 
 def _describe_damage(one: DamageRow) -> str:

@@ -43,6 +43,8 @@ GROUPS: dict[str, dict[str, Verb]] = {
                              "pack images into shards, and seal the set"),
         "index-shards": Verb("pipeline.index_shards", "pipeline.options:IndexConfig",
                              "use another tool's WebDataset shards"),
+        "withdraw": Verb("pipeline.withdraw", "pipeline.options:WithdrawOptions",
+                         "take samples out of a set, as a new version"),
         "verify": Verb("pipeline.verify", "pipeline.options:Verify",
                        "check a set, or what a run has read of it"),
         "describe": Verb("pipeline.describe.__main__", "pipeline.options:DescribeOptions",

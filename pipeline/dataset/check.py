@@ -208,6 +208,8 @@ class CheckJob(NamedTuple):
     """Other members that each sample has, also where their tables are damaged."""
     withdrawn: frozenset[int] = frozenset()
     """Offsets of images that were withdrawn: their bytes may be gone."""
+    unpurged: str | None = None
+    """SHA-256 of the shard before these were purged; None if they were not."""
 
 
 class CheckResult(NamedTuple):
@@ -216,6 +218,8 @@ class CheckResult(NamedTuple):
     damage: list[DamageRow]
     bytes: int
     """Number of bytes of the tar that were read."""
+    is_unpurged: bool = False
+    """True if the shard holds samples that the manifest says were purged."""
 
 
 def check_shard(job: CheckJob) -> CheckResult:
@@ -223,7 +227,9 @@ def check_shard(job: CheckJob) -> CheckResult:
     path = job.data / job.shard.name
     try:
         with HashedFile(path) as file:
-            return CheckResult(_ShardCheck(job, file).run(), file.size)
+            found = _ShardCheck(job, file).run()
+            is_unpurged = job.unpurged is not None and file.sha256 == job.unpurged
+            return CheckResult(found, file.size, is_unpurged)
     except OSError as error:
         return CheckResult([make_damage_row(path.name, _describe(error))], 0)
 
@@ -265,7 +271,8 @@ class _ShardCheck:
         shard = self._job.shard
         idx = Path(shard.name).with_suffix(".idx")
         beside = check_file(self._job.data / idx, shard.idx_sha256)
-        differs = (self._file.sha256, self._file.size) != (shard.sha256, shard.bytes)
+        expected = (shard.sha256, self._job.unpurged)
+        differs = self._file.sha256 not in expected or self._file.size != shard.bytes
         # Damage outside of all samples shows in the size or the hash only.
         if not self._found and (differs or self._fault is not None):
             self._add(self._fault or self._describe_difference())

@@ -20,7 +20,9 @@ from rich.text import Text
 
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import load_index
-from pipeline.dataset.manifest import DUPLICATES, REJECTS, Manifest, Split, tables_folder
+from pipeline.dataset.manifest import COUNTED, DUPLICATES, REJECTS, Manifest, Split, tables_folder
+from pipeline.dataset.tar import escape
+from pipeline.dataset.versions import SealedVersion
 from pipeline.remote.download import Store
 from pipeline.remote.filesystem import Mismatch, is_remote
 from pipeline.remote.local import Dataset
@@ -105,6 +107,8 @@ class Facts:
     """Most frequent first; None if the list is missing."""
     duplicates: Duplicates | None
     """None if no search was made."""
+    history: tuple[SealedVersion, ...]
+    """All versions of the data set up to this one, the newest first."""
 
     def title(self, label: int) -> str:
         """Return the readable name of a class."""
@@ -128,6 +132,7 @@ def gather_facts(data: str, dataset: Dataset) -> Facts:
         components=[_compare_component(statistics, place) for place in range(3)],
         reasons=_count_reasons(data, dataset, manifest) if manifest.rejected else [],
         duplicates=_count_duplicates(data, dataset, manifest),
+        history=tuple(dataset.list_versions()),
     )  # fmt: skip
 
 
@@ -271,6 +276,15 @@ def to_json(facts: Facts, page: str) -> dict[str, Any]:
         "rejected": manifest.rejected,
         "rejects": None if reasons is None else {one.reason: one.count for one in reasons},
         "duplicates": None if facts.duplicates is None else facts.duplicates.counts,
+        "versions": [
+            {
+                "number": one.number,
+                "sha256": one.identity,
+                "samples": {name: split.samples for name, split in one.manifest.splits.items()},
+                "change": one.manifest.change,
+            }
+            for one in facts.history
+        ],
     }
 
 
@@ -308,8 +322,22 @@ def print_tables(facts: Facts, console: rich.console.Console) -> None:
         f"duplicates     {describe_duplicates(facts)}",
         f"rejected       {facts.manifest.rejected:,}",
         *(f"  {reason.count:>8,}  {reason.reason}" for reason in facts.reasons or []),
+        *(
+            f"version {one.number:<6} {one.identity[:16]}  {describe_change(one)}"
+            for one in facts.history
+        ),
     ):
         console.print(Text(line), soft_wrap=True)
+
+
+def describe_change(version: SealedVersion) -> str:
+    """Return what a version changed, in a few words."""
+    change = version.manifest.change
+    if version.number == 1:
+        return "packed" if not version.manifest.foreign else "indexed in place"
+    words = [f"{change[key]:,} {key}" for key in COUNTED if change.get(key)]
+    sources = (f"from {escape(source)}" for source in change.get("sources", {}).values())
+    return " ".join([", ".join(words) or "no samples changed", *sources])
 
 
 def _new_table(first: str, *others: str) -> Table:

@@ -7,5 +7,10 @@ resize       one encoded image -> sRGB pixels of its size -> a JPEG
 formats      formats that need a decoder beside Pillow's own, and what Pillow refuses in PNGs
 duplicates   perceptual hashes -> groups of duplicates
 hamming      groups of hashes within a Hamming distance
+additions    a version with more images
+withdrawal   a version without some samples; purged shards
+revision     tables, lists and manifest of the next version
+aggregates   pixel sums and hashes of a set, kept for its next version
+known        images that a set has already
 shards       stage two: encoded images in shuffled order -> shards, side files, manifest
 """

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import IO, Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from isal import isal_zlib
 
 from pipeline.dataset.image_stats import Sums
@@ -169,22 +168,12 @@ def measure(
     return sums, hashes
 
 
-def _list_jobs(
-    target: Target, manifest: Manifest, split: str, rows: Index
-) -> Iterator[MeasureJob]:
-    from dataclasses import replace
-
+def _list_jobs(target: Target, manifest: Manifest, split: str, rows: Index) -> Iterator[MeasureJob]:
     shards, facts = manifest.splits[split].shards, replace(manifest, splits={})
     for start in range(0, len(rows), BATCH):
         block = rows[start : start + BATCH]
-        places = zip(block["shard"].tolist(), block["offset"].tolist(), block["size"].tolist(), strict=True)
+        places = zip(
+            block["shard"].tolist(), block["offset"].tolist(), block["size"].tolist(), strict=True
+        )
         ranges = tuple(ByteRange(shards[shard].name, at, size) for shard, at, size in places)
         yield MeasureJob(target, start, ranges, tuple(block["crc"].tolist()), facts)
-
-
-Keys = npt.NDArray[np.uint64]
-
-
-def content_keys(sizes: npt.NDArray[Any], crcs: npt.NDArray[Any]) -> Keys:
-    """Return size and CRC-32 of stored images as one number each."""
-    return sizes.astype(np.uint64) << np.uint64(32) | crcs.astype(np.uint64)

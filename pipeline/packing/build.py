@@ -29,6 +29,7 @@ from pipeline.packing.chunks import (
     pack_chunk,
 )
 from pipeline.packing.formats import PACKAGES
+from pipeline.packing.known import KnownImages
 from pipeline.packing.plan import (
     BuildPlan,
     describe_format,
@@ -84,10 +85,19 @@ def build(options: BuildConfig, target: Target | None = None, pool: Pool | None 
     """
     options.check()
     target = target or open_target(options.out)
-    with _disk_errors_in_one_line(target):
+    if options.extends:
+        from pipeline.packing.additions import add_version
+
+        if not is_finished(target):
+            raise UsageError(
+                f"{target.address} holds no finished data set to add to; build it with --train SRC"
+            )
+        with disk_errors_in_one_line(target):
+            return add_version(options, target, pool)
+    with disk_errors_in_one_line(target):
         if is_finished(target):
             return _check_finished(options, target)
-    with _disk_errors_in_one_line(target), target.reserve(), target.scratch() as scratch:
+    with disk_errors_in_one_line(target), target.reserve(), target.scratch() as scratch:
         with announce(f"listing the images of {escape(hide_credentials(options.train))}"):
             plan = make_plan(options, scratch)
         _tell_notes(plan)
@@ -119,20 +129,25 @@ def _build_once(
     options: BuildConfig, plan: BuildPlan, target: Target, pool: Pool, scratch: Path
 ) -> Manifest:
     """Make the missing files; raises ChunkError if a chunk must be packed again."""
-    _pack_chunks(options, plan, target, pool)
+    pack_chunks(options, plan, target, pool)
     collected = collect_chunks(options, plan, target, scratch)
-    if _has_too_many_rejects(options, plan, collected.rejected):
-        _refuse_rejects(options, plan, target, collected.rejected, collected.rejects_file)
+    refuse_many_rejects(options, plan, target, collected)
     check_classes(plan, collected, target)
-    shards = _write_shards(options, plan, target, pool, collected)
+    shards = write_shards(options, plan, target, pool, collected)
     with announce("looking for duplicates, and sealing the set"):
         manifest = seal(options, plan, target, collected, shards, scratch, library_versions())
     target.clear(WORK)
     return manifest
 
 
-def _pack_chunks(options: BuildConfig, plan: BuildPlan, target: Target, pool: Pool) -> None:
-    """Stage one: pack the missing chunks."""
+def pack_chunks(
+    options: BuildConfig,
+    plan: BuildPlan,
+    target: Target,
+    pool: Pool,
+    known: KnownImages | None = None,
+) -> None:
+    """Pack the missing chunks, which is stage one; images that are known are left out."""
     there = target.list_files(chunks.FOLDER)
     missing = [
         part
@@ -143,7 +158,7 @@ def _pack_chunks(options: BuildConfig, plan: BuildPlan, target: Target, pool: Po
         return
     already = plan.images - sum(part.stop - part.start for part in missing)
     rejects = plan.rejected
-    jobs = (make_chunk_job(plan, part, options, target) for part in missing)
+    jobs = (make_chunk_job(plan, part, options, target, known) for part in missing)
     with Progress("packing", total=plan.images, unit="img", already=already) as progress:
         for done in pool.run(pack_chunk, jobs):
             rejects += done.rejected
@@ -151,10 +166,27 @@ def _pack_chunks(options: BuildConfig, plan: BuildPlan, target: Target, pool: Po
             progress.note(f"{rejects} skipped")
 
 
-def _write_shards(
-    options: BuildConfig, plan: BuildPlan, target: Target, pool: Pool, collected: CollectedChunks
+def write_shards(
+    options: BuildConfig,
+    plan: BuildPlan,
+    target: Target,
+    pool: Pool,
+    collected: CollectedChunks,
+    first_numbers: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """Stage two: write the missing shards. Returns the number of shards of each split."""
+    """Write the missing shards, which is stage two.
+
+    Args:
+        options: the settings.
+        plan: the images.
+        target: OUT.
+        pool: runs the jobs.
+        collected: facts of all chunks.
+        first_numbers: number of the first shard of each split; None: 0.
+
+    Returns:
+        the number of shards of each split.
+    """
     counts = {}
     jobs = []
     total = int(collected.packed.sum())
@@ -164,14 +196,15 @@ def _write_shards(
         order = collected.order(plan, split)
         rows = [order[start : start + step] for start in range(0, len(order), step)]
         counts[split] = len(rows)
-        maybe = [n for n in range(len(rows)) if shard_facts_name(split, n) in there]
-        files = read_ahead(partial(fetch_shard, target, split), maybe)
+        first = (first_numbers or {}).get(split, 0)
+        maybe = [n for n in range(len(rows)) if shard_facts_name(split, first + n) in there]
+        files = read_ahead(partial(fetch_shard, target, split), [first + n for n in maybe])
         done = {
             number
             for number, fetched in zip(maybe, files, strict=True)
             if parse_shard(fetched, collected.hash(rows[number]))
         }
-        jobs += [(split, n, some) for n, some in enumerate(rows) if n not in done]
+        jobs += [(split, first + n, some) for n, some in enumerate(rows) if n not in done]
     already = total - sum(len(rows) for *_, rows in jobs)
     todo = (
         ShardJob(
@@ -192,6 +225,18 @@ def _write_shards(
     return counts
 
 
+def refuse_many_rejects(
+    options: BuildConfig, plan: BuildPlan, target: Target, collected: CollectedChunks
+) -> None:
+    """Refuse to seal a set with too many rejects.
+
+    Raises:
+        DuetError: says how many, and why most of them.
+    """
+    if _has_too_many_rejects(options, plan, collected.rejected):
+        _refuse_rejects(options, plan, target, collected.rejected, collected.rejects_file)
+
+
 def _has_too_many_rejects(options: BuildConfig, plan: BuildPlan, rejected: int) -> bool:
     lost, everything = rejected + plan.lost, plan.images + plan.rejected + plan.lost
     return lost > options.max_rejects * everything + 1e-6  # 0.29 * 100 is below 29
@@ -201,13 +246,14 @@ def _refuse_rejects(
     options: BuildConfig, plan: BuildPlan, target: Target, rejected: int, rejects: Path
 ) -> NoReturn:
     """Refuse to go on with too many rejects, and leave the list of them in OUT."""
-    copy_file(rejects, target, REJECTS)
+    where = f"{WORK}/{REJECTS}" if options.extends else REJECTS
+    copy_file(rejects, target, where)
     lost, everything = rejected + plan.lost, plan.images + plan.rejected + plan.lost
     share, about = lost / everything, "about " if plan.lost else ""
     raise DuetError(
         f"{about}{lost:,} of {everything:,} files ({share:.2%}) cannot be packed, more than "
         f"--max-rejects {options.max_rejects:g} allows; most often: "
-        f"{summarize_rejects(read_rejects(rejects))}; {target.address}/{REJECTS} "
+        f"{summarize_rejects(read_rejects(rejects))}; {target.address}/{where} "
         "says why: mend them and start in another folder, or go on without them: "
         f"--max-rejects {_round_up(share):g}"
     )
@@ -235,8 +281,18 @@ def _check_finished(options: BuildConfig, target: Target) -> Manifest:
         if size != shard.bytes:
             raise DataError(f"{target.address}/{shard.name} is missing or not whole; {REBUILD}")
     _tell_notes(plan)
-    target.clear(WORK)  # left by a build that was killed after sealing
+    if "parent" not in read_state(target):
+        target.clear(WORK)  # left by a build that was killed after sealing
     return manifest
+
+
+def read_state(target: Target) -> dict[str, object]:
+    """Return the state of the work in a target; empty if there is none."""
+    try:
+        found = parse_json(target.read(STATE))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _known_settings(
@@ -255,14 +311,19 @@ def _known_settings(
     return theirs, {name: getattr(options, name) for name in theirs}
 
 
-def _check_state(options: BuildConfig, plan: BuildPlan, target: Target) -> None:
-    """Write the state file, or check that the unfinished build has the same plan and settings."""
-    ours = {
+def describe_state(options: BuildConfig, plan: BuildPlan) -> dict[str, object]:
+    """Return what a build must share with the files that it resumes from."""
+    return {
         "plan": plan.fingerprint,
         "format": describe_format(),
         "settings": output_settings(options),
         "libraries": library_versions(),
     }
+
+
+def _check_state(options: BuildConfig, plan: BuildPlan, target: Target) -> None:
+    """Write the state file, or check that the unfinished build has the same plan and settings."""
+    ours = describe_state(options, plan)
     try:
         theirs = parse_json(target.read(STATE))
     except FileNotFoundError:
@@ -300,7 +361,7 @@ def library_versions() -> dict[str, str]:
 
 
 @contextmanager
-def _disk_errors_in_one_line(target: Target) -> Iterator[None]:
+def disk_errors_in_one_line(target: Target) -> Iterator[None]:
     """Convert OSError into a one-line DuetError."""
     try:
         yield

@@ -33,6 +33,7 @@ from pipeline.dataset.jpeg_header import (
 from pipeline.dataset.members import MEMBER_DTYPE, MOST_MEMBER_BYTES, Members, describe_large
 from pipeline.options import BuildConfig
 from pipeline.packing.duplicates import perceptual_hash
+from pipeline.packing.known import KnownImages
 from pipeline.packing.plan import BuildPlan, ChunkPlan, Sizing, mean_side
 from pipeline.packing.resize import (
     PreparedImage,
@@ -85,6 +86,8 @@ class ChunkJob:
     """bool [n]; whether the pixels of each image count in the statistics."""
     members: npt.NDArray[np.void]
     """`sources.listing.MEMBER_PLACE` [n, fields]: places of the other members of each sample."""
+    known: KnownImages | None = None
+    """Images that are not packed again."""
     careful: bool = False
     """Decode each image in a process of its own: a process died on this chunk."""
 
@@ -144,15 +147,17 @@ def chunk_facts_name(number: int) -> str:
 
 
 def make_chunk_job(
-    plan: BuildPlan, part: ChunkPlan, options: BuildConfig, target: Target
+    plan: BuildPlan,
+    part: ChunkPlan,
+    options: BuildConfig,
+    target: Target,
+    known: KnownImages | None = None,
 ) -> ChunkJob:
     """Return the job that packs one chunk of the plan."""
     listing = plan.listings[part.listing]
     rows = np.array(listing.rows[part.start : part.stop])
     used, rows["container"] = np.unique(rows["container"], return_inverse=True)
-    trains = np.zeros(len(rows), np.bool_)
-    if part.listing == 0:
-        trains = ~plan.held_out[part.start : part.stop]
+    first = plan.first_rows[part.listing]
     return ChunkJob(
         target=target,
         number=part.number,
@@ -160,8 +165,9 @@ def make_chunk_job(
         containers=tuple(listing.containers[place] for place in used),
         rows=rows,
         names=tuple(listing.names[place] for place in range(part.start, part.stop)),
-        trains=trains,
+        trains=~plan.held_out[first + part.start : first + part.stop],
         members=np.array(listing.members[part.start : part.stop]),
+        known=known,
     )
 
 
@@ -241,14 +247,17 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
             pixels = found.image.pixels
             height, width = pixels.shape[:2]
             square = pixels if (height, width) == (SIZE, SIZE) else resample(pixels)
-            if job.trains[place]:
-                sums.add(pixels if options.fit == "square" else square)
             if options.encoding == "raw":
                 data = encode_npy(pixels)
             else:
                 data = found.image.jpeg or encode(pixels, options.quality, options.chroma)
-            file.write(data)
             image_hash = np.frombuffer(perceptual_hash(square), np.uint8)
+            if job.known is not None and (reason := job.known.find(job.target, data, image_hash)):
+                reasons[place] = reason
+                continue
+            if job.trains[place]:
+                sums.add(pixels if options.fit == "square" else square)
+            file.write(data)
             crc = isal_zlib.crc32(data)
             packed[place] = (True, offset, len(data), crc, image_hash, width, height)
             offset += len(data)

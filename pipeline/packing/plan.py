@@ -35,7 +35,10 @@ FORMAT = 1
 """Version of the files that a build resumes from, and of its pixels, order and hashes; files of
 another version cannot be mixed with them."""
 
-UNLIKE_OUTPUT = ("out", "train", "val", "val_labels", "max_rejects", "strict", "workers", "json")
+UNLIKE_OUTPUT = (
+    "out", "train", "val", "val_labels", "max_rejects", "strict", "workers", "json",
+    "add", "split", "replace", "new_classes", "retry_rejects",
+)  # fmt: skip
 """Settings that change no byte of a shard, except through the images they name."""
 
 Places = npt.NDArray[np.uint32]
@@ -118,7 +121,7 @@ class BuildPlan:
     orders: dict[str, Places]
     """Per split the rows of its images in stored order, shuffled over the whole split."""
     held_out: npt.NDArray[np.bool_]
-    """bool [n]: True for each row of the training source that went to validation (--holdout)."""
+    """bool [n]: True for each row that is not trained on."""
     fingerprint: str
     """SHA-256 over everything that decides the bytes of the set but the content of the images."""
     notes: tuple[str, ...]
@@ -217,6 +220,7 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
     split = {"train": first[~held]}
     if options.val is not None:
         split["val"] = np.arange(len(listings[1]), dtype=np.uint32) + np.uint32(len(listings[0]))
+        held = np.concatenate([held, np.ones(len(listings[1]), bool)])
     elif options.holdout:
         split["val"] = first[held]
     return BuildPlan(
@@ -226,7 +230,7 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
             for name, rows in split.items()
         },
         held_out=held,
-        fingerprint=_compute_fingerprint(options, listings),
+        fingerprint=compute_fingerprint(options, listings),
         notes=tuple(_collect_notes(options, listings)),
     )
 
@@ -284,7 +288,7 @@ def _describe_class(listing: Listing, label: int) -> str:
     return f"class {listing.classes[label]!r}" if listing.classes else "the only one"
 
 
-def _compute_fingerprint(options: BuildConfig, listings: list[Listing]) -> str:
+def compute_fingerprint(options: BuildConfig, listings: list[Listing]) -> str:
     """Hash settings and listings; the same names in another folder give the same hash."""
     digest = hashlib.sha256()
     for listing in listings:

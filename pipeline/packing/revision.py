@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import Index, index_dtype, index_name, load_index, save_index
 from pipeline.dataset.manifest import DUPLICATES, REJECTS, Manifest, Shard, Split, version_folder
@@ -293,7 +292,9 @@ def _write_split(parent: Parent, name: str, edit: SplitEdit, folder: Path) -> Sp
     for one in fields:
         found = [parent.members(name, one)] if before else []
         found += [new.members[one]] if new else []
-        tables |= save_members(folder, name, one, np.concatenate(found).astype(MEMBER_DTYPE)[origin])
+        tables |= save_members(
+            folder, name, one, np.concatenate(found).astype(MEMBER_DTYPE)[origin]
+        )
     return Split(
         shards=tuple(replace(shard, samples=count) for shard, count in kept if count),
         index_sha256=index_sha256,

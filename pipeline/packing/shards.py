@@ -38,7 +38,9 @@ from pipeline.dataset.members import (
     write_npy_header,
 )
 from pipeline.dataset.shards import SampleContent, shard_name, to_shard, write_tar
+from pipeline.dataset.versions import AGGREGATES
 from pipeline.options import BuildConfig
+from pipeline.packing.aggregates import Aggregates
 from pipeline.packing.chunks import (
     HASH_BYTES,
     ChunkError,
@@ -56,6 +58,7 @@ from pipeline.packing.duplicates import (
     find_duplicates,
     write_duplicates,
 )
+from pipeline.packing.known import PRESENT
 from pipeline.packing.plan import BuildPlan, ChunkPlan, Places, mean_side
 from pipeline.remote.target import WORK, ByteRange, Target
 from pipeline.sources import Reject
@@ -219,10 +222,16 @@ class CollectedChunks:
     sums: Sums
     rejects_file: Path
     rejected: int
+    skipped: int = 0
+    """Number of images that the data set has already."""
 
     def hash(self, rows: Places) -> str:
         """Return `hash_content` of the shard of these rows."""
         return hash_content(self.taken[rows], self.members[rows])
+
+    def find_hashes(self, rows: Places) -> npt.NDArray[np.uint8]:
+        """Return the perceptual hashes of packed rows, uint8 [n, 32]."""
+        return np.asarray(self.hashes[(np.cumsum(self.packed) - 1)[rows]])
 
     def order(self, plan: BuildPlan, split: str) -> Places:
         """Return the rows of a split that are stored, in stored order."""
@@ -242,7 +251,7 @@ def collect_chunks(
     taken = _allocate(scratch / "taken.bin", TAKEN_DTYPE, (count,))
     members = _allocate(scratch / "members.bin", MEMBER_DTYPE, (count, len(options.members)))
     packed = np.zeros(count, np.bool_)
-    sums, rejected = Sums(mean_side(options)), plan.rejected
+    sums, rejected, skipped = Sums(mean_side(options)), plan.rejected, 0
     rejects_file = write_rejects(plan, scratch)
     with (
         (scratch / "hashes.bin").open("wb") as hashes,
@@ -260,6 +269,9 @@ def collect_chunks(
             hashes.write(chunk.packed["hash"][chunk.packed["packed"]].tobytes())
             sums += chunk.sums
             for place, reason in sorted(chunk.reasons.items()):
+                if reason == PRESENT:
+                    skipped += 1
+                    continue
                 rejects.write(plan.make_reject(first + place, reason).to_json_line())
                 rejected += 1
     return CollectedChunks(
@@ -270,6 +282,7 @@ def collect_chunks(
         sums=sums,
         rejects_file=rejects_file,
         rejected=rejected,
+        skipped=skipped,
     )
 
 
@@ -361,6 +374,10 @@ def seal(
     copy_file(scratch / STATS, target, STATS)
     copy_file(scratch / DUPLICATES, target, DUPLICATES)
     copy_file(collected.rejects_file, target, REJECTS)
+    hashes = {name: collected.find_hashes(collected.order(plan, name)) for name in splits}
+    with target.create(AGGREGATES) as out:
+        indices = {name: split.index_sha256 for name, split in splits.items()}
+        Aggregates(collected.sums, hashes).write(out, indices)
     sources = {"train": str(options.train)}
     if "val" in splits:
         sources["val"] = str(options.val or f"{options.holdout:g} of {options.train}")
@@ -434,7 +451,7 @@ def _write_index(
 
     One shard is in memory at a time.
     """
-    facts = tuple(found.shard for found in _read_shards(target, name, shards))
+    facts = tuple(found.shard for found in read_shards(target, name, shards))
     samples = sum(shard.samples for shard in facts)
     dtype = INDEX_DTYPE if options.fit == "square" else SIZED_DTYPE
     tables = [field_table(field) for field in options.members]
@@ -445,7 +462,7 @@ def _write_index(
         opened = [stack.enter_context((scratch / one).open("wb")) for one in files]
         for file, digest, kind in zip(opened, digests, kinds, strict=True):
             write_npy_header(file, digest, kind, samples)
-        for found in _read_shards(target, name, shards):
+        for found in read_shards(target, name, shards):
             parts = (found.rows, *(found.members[field] for field in options.members))
             for file, digest, rows in zip(opened, digests, parts, strict=True):
                 file.write(rows.tobytes())
@@ -467,9 +484,14 @@ def _write_names(
     return tables
 
 
-def _read_shards(target: Target, name: str, shards: int) -> Iterator[WrittenShard]:
-    files = read_ahead(partial(fetch_shard, target, name), range(shards))
-    for number, fetched in enumerate(files):
+def read_shards(target: Target, name: str, shards: int, first: int = 0) -> Iterator[WrittenShard]:
+    """Yield the facts of so many written shards of a split, from number `first` on.
+
+    Raises:
+        OSError: one is not there any more.
+    """
+    files = read_ahead(partial(fetch_shard, target, name), range(first, first + shards))
+    for number, fetched in enumerate(files, first):
         done = parse_shard(fetched)
         if done is None:
             raise OSError(f"{target.address}/{shard_name(name, number)} went away while packing")

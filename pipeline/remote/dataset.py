@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,7 @@ from pipeline.dataset.versions import (
     Version,
     Withdrawn,
     find_version,
+    list_versions,
     load_withdrawn,
     read_local,
     read_newest,
@@ -191,6 +193,13 @@ class RemoteDataset:
         self._prefetcher = ShardPrefetcher(self._prefetch, threads, self._stop)
         _open_sets.add(self)
 
+    def list_versions(self) -> Iterator[SealedVersion]:
+        """See `Dataset`."""
+        with _manifest_errors():
+            for one in list_versions(self._download_manifest, str(self._store)):
+                if one.number <= self._manifest.number:
+                    yield one
+
     def load_withdrawn(self) -> Withdrawn:
         """See `Dataset`."""
         if (digest := self._newest.withdrawn_sha256) is not None:
@@ -230,7 +239,7 @@ class RemoteDataset:
             return True  # not returned yet, or evicted: `fetch_shard` downloads it
         with translate_disk_errors(self._cache.folder):
             found = sha256(path)
-            if found in (shard.sha256, self._as_stored(path)):
+            if found in (self._expect(shard).sha256, self._as_stored(path)):
                 return _file_id(path) != given
             self._fetch(shard, wait=True, replace=_file_id(path))
             return self._as_stored(path) != found
@@ -300,6 +309,10 @@ class RemoteDataset:
                 )
                 self._cache.install(downloaded, path)
 
+    def _expect(self, shard: Shard) -> Shard:
+        """Return a shard with the SHA-256 that it has since withdrawn samples were purged."""
+        return replace(shard, sha256=self._newest.purged.get(shard.name, shard.sha256))
+
     def _is_here(self, shard: Shard) -> bool:
         path = self.folder / shard.name
         try:
@@ -351,7 +364,7 @@ class RemoteDataset:
 
         if spare is None:
             spare = {self.folder / other.name for other in self._prefetcher.wanted}
-        check = HashCheck(shard)
+        check = HashCheck(self._expect(shard))
         with cache.lock_file(path, wait=wait, until=is_here, stop=self._stop) as is_mine:
             if is_here():
                 return FetchOutcome.HERE

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from pipeline.dataset.manifest import Manifest, Shard, find_root
-from pipeline.dataset.versions import Withdrawn, load_withdrawn
+from pipeline.dataset.versions import (
+    SealedVersion,
+    Withdrawn,
+    list_versions,
+    load_withdrawn,
+    read_local,
+)
 from pipeline.tools.errors import REBUILD, DataError
 
 
@@ -20,6 +26,13 @@ class Dataset(Protocol):
 
     root: Path
     """Local folder with the shards; one of a remote data set is in it after `fetch_shard`."""
+
+    def list_versions(self) -> Iterator[SealedVersion]:
+        """Yield this version and those before it, down to the first.
+
+        Raises:
+            As `fetch_shard`; DamagedFile: a manifest is missing or damaged.
+        """
 
     def load_withdrawn(self) -> Withdrawn:
         """Return all samples that are withdrawn in the newest version that there was at opening.
@@ -89,6 +102,12 @@ class LocalDataset:
     def __init__(self, folder: Path) -> None:
         """Open nothing; `folder` is that of a data set, or of one of its versions."""
         self.folder, self.root = folder, find_root(folder)
+
+    def list_versions(self) -> Iterator[SealedVersion]:
+        """See `Dataset`."""
+        number = Manifest.load(self.folder).number
+        found = list_versions(read_local(self.root), str(self.root))
+        return (one for one in found if one.number <= number)
 
     def load_withdrawn(self) -> Withdrawn:
         """See `Dataset`."""

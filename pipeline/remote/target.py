@@ -6,6 +6,7 @@ are relative to the target, with `/` between folders.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from typing import IO, Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 from pipeline.dataset.manifest import NAME as MANIFEST
+from pipeline.dataset.manifest import VERSIONS
 from pipeline.remote.filesystem import (
     OBJECT_STORES,
     StoreError,
@@ -95,12 +97,15 @@ class Target(Protocol):
     def scratch(self) -> AbstractContextManager[Path]:
         """Return a local folder for intermediate files, which is removed after the block."""
 
-    def reserve(self) -> AbstractContextManager[None]:
+    def reserve(self, extends: bool = False) -> AbstractContextManager[None]:
         """Lock the target for one build.
 
+        Args:
+            extends: a further version of the finished set in it is made.
+
         Raises:
-            UsageError: it cannot be written, holds files that are no part of an unfinished build,
-                or is locked by another build.
+            UsageError: it cannot be written, holds files that are no part of an unfinished build
+                (unless `extends`), or is locked by another build.
         """
 
 
@@ -119,7 +124,8 @@ class FolderTarget:
     def create(self, name: str, *, durable: bool = True) -> Iterator[IO[bytes]]:
         """See `Target`."""
         path = self.path / name
-        path.parent.mkdir(exist_ok=True)  # not its parents: OUT may have been deleted under us
+        for folder in reversed(path.relative_to(self.path).parents[:-1]):
+            (self.path / folder).mkdir(exist_ok=True)
         with atomic_write(path, durable=durable) as file:
             yield file
 
@@ -160,12 +166,12 @@ class FolderTarget:
         shutil.rmtree(self.path / folder, ignore_errors=True)
 
     @contextmanager
-    def reserve(self) -> Iterator[None]:
+    def reserve(self, extends: bool = False) -> Iterator[None]:
         """See `Target`."""
         made = [path for path in (self.path, *self.path.parents) if not path.exists()]
         ensure_writable(self.path, "data set folder")
         work = self.path / WORK
-        if not work.is_dir() and (strangers := sorted(os.listdir(self.path))):
+        if not (extends or work.is_dir()) and (strangers := sorted(os.listdir(self.path))):
             raise UsageError(
                 f"{self.path} holds {strangers[0]}, which is no part of an unfinished data set; "
                 "name an empty folder"
@@ -195,8 +201,9 @@ class FolderTarget:
 
     def _remove_partial(self) -> None:
         """Remove partial files of a killed build, or of a worker of this one."""
-        work = self.path / WORK
-        for partial in (*self.path.glob(f"*{PARTIAL}"), *work.rglob(f"*{PARTIAL}")):
+        below = (self.path / folder for folder in (WORK, VERSIONS))
+        inside = itertools.chain.from_iterable(one.rglob(f"*{PARTIAL}") for one in below)
+        for partial in (*self.path.glob(f"*{PARTIAL}"), *inside):
             partial.unlink(missing_ok=True)
 
 
@@ -267,11 +274,11 @@ class StoreTarget(StoreFolder):
             yield Path(folder)
 
     @contextmanager
-    def reserve(self) -> Iterator[None]:
+    def reserve(self, extends: bool = False) -> Iterator[None]:
         """See `Target`."""
         ls = none_if_missing(lambda fs, path: _below(path, fs.ls(path, detail=False)))
         there = self.request("", ls)
-        if there and WORK not in there:
+        if there and WORK not in there and not extends:
             raise UsageError(
                 f"{self.address} holds {min(there)}, which is no part of an unfinished data set; "
                 "name an empty address"

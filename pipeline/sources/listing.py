@@ -93,6 +93,14 @@ class Unreadable(Exception):
     """One image cannot be read from its container; the message is the reason, one line."""
 
 
+class UnknownClasses(UsageError):
+    """Classes of a source that are not in the list that was given."""
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+
+
 class SourceReader(Protocol):
     """Reads images out of one container; fastest in the order of the listing."""
 
@@ -447,17 +455,19 @@ class ListingWriter:
                 f"source {self._source} holds no images of any class{why}; it needs a folder "
                 "(or a tar) of images per class"
             )
+        unknown = [name for name in found if isinstance(known.find_number(name), str)]
         for name in found:
             if not name.isprintable():  # nor is a name in an encoding other than the system's
                 raise UsageError(
                     f"class name {name!r} of source {self._source} is no text; rename it"
                 )
-            if isinstance(known.find_number(name), str):
+            if name in unknown:
                 like = next((one for one in known.names if _loosely(one) == _loosely(name)), None)
-                raise UsageError(
+                raise UnknownClasses(
                     f"source {self._source} has class {name!r}, which the training source lacks"
                     f"{'' if like is None else f' (it has {like!r})'}; "
-                    "remove it, or add it to the training images"
+                    "remove it, or add it to the training images",
+                    unknown,
                 )
         refuse_same_names(found, f"source {self._source}")
         if len(known.names) < 2:

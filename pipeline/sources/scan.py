@@ -24,7 +24,7 @@ from pipeline.sources.folders import (
     read_labels,
 )
 from pipeline.sources.imagenet import find_titles, is_kit_name, is_list_name
-from pipeline.sources.listing import Listing, ListingWriter
+from pipeline.sources.listing import Listing, ListingWriter, UnknownClasses
 from pipeline.sources.names import (
     HIDDEN,
     IMAGE_ENDINGS,
@@ -98,6 +98,9 @@ def scan(
     except UsageError as error:
         if writer.kind is None:
             raise
+        if isinstance(error, UnknownClasses):
+            message = f"{error}; the source was taken for {writer.kind}"
+            raise UnknownClasses(message, error.names) from error
         raise UsageError(f"{error}; the source was taken for {writer.kind}") from error
     except DuetError:  # a store that does not answer is an OSError, too
         raise

@@ -1,0 +1,253 @@
+"""A version without some samples: nobody delivers them, and a purge overwrites their bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline import withdraw as command
+from pipeline.dataset.image_stats import Statistics, Sums
+from pipeline.dataset.images import decode_image
+from pipeline.dataset.index import load_index
+from pipeline.dataset.manifest import NAME, Manifest
+from pipeline.dataset.versions import load_withdrawn
+from pipeline.options import WithdrawOptions
+from pipeline.remote.target import FolderTarget, StoreTarget
+from pipeline.tools.errors import DataError, UsageError
+from pipeline.verify import check, verify
+from pipeline.withdraw import make_version
+from tests.helpers.build_targets import Here, complaint, memory_address  # noqa: F401
+from tests.helpers.foreign_shards import index, made_by_webdataset  # noqa: F401 - a fixture
+from tests.helpers.images import folder_per_class, packed
+from tests.pipeline.packing.test_additions import add, names
+
+
+@pytest.fixture(scope="module", params=["jpeg", "raw"])
+def first(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("first")
+    folder_per_class(root / "train", 5)
+    folder_per_class(root / "val", 2, first_seed=500)
+    settings = {"size": 64, "samples_per_shard": 6, "encoding": request.param}
+    packed(root / "data", train=root / "train", val=root / "val", **settings)
+    return root / "data"
+
+
+@pytest.fixture
+def data(first: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(first, tmp_path / "data"))
+
+
+def withdraw(data: object, *keys: str, **settings) -> Manifest:
+    if keys:
+        path = Path(settings.pop("file"))
+        path.write_text("".join(f"{key}\n" for key in keys))
+        settings["keys"] = path
+    return make_version(WithdrawOptions(data=str(data), workers=1, **settings), pool=Here())
+
+
+def test_withdrawn_samples_are_gone_from_the_index_and_listed(data, tmp_path):
+    before, rows = names(data), load_index(data, "train", Manifest.load(data))
+    tars = {path.name: path.read_bytes() for path in data.glob("*.tar")}
+    manifest = withdraw(data, "cat/001.jpg", "dog/003.jpg", file=tmp_path / "keys")
+    gone = [before.index(name) for name in ("cat/001.jpg", "dog/003.jpg")]
+    assert manifest.change == {"withdrawn": 3}  # cat/001.jpg is in val, too
+    left = [name for place, name in enumerate(before) if place not in gone]
+    assert names(data) == left
+    after = load_index(data, "train", manifest)
+    assert after["crc"].tolist() == np.delete(rows["crc"], gone).tolist()
+    listed = load_withdrawn(data, manifest)
+    assert sum(map(len, listed.values())) == 3
+    for row in rows[gone].tolist():
+        assert row[2:5] in [tuple(one) for one in listed[f"train-{row[0]:06d}.tar"]]
+    assert {path.name: path.read_bytes() for path in data.glob("*.tar")} == tars
+    for version in (1, 2):
+        assert verify(data, decode=True, version=version) == []
+
+
+def test_statistics_are_those_of_the_images_that_are_left(data, tmp_path):
+    """Raw images give the sums exactly, JPEGs within what their encoding lost."""
+    manifest = withdraw(data, "cat/001.jpg", "dog/003.jpg", file=tmp_path / "keys")
+    sums = Sums(64)
+    for row in load_index(data, "train", manifest).tolist():
+        with (data / manifest.splits["train"].shards[row[0]].name).open("rb") as file:
+            file.seek(row[2])
+            sums.add(decode_image(file.read(row[3]), manifest.encoding, (64, 64)))
+    ours, fresh = Statistics.load(data, manifest), Statistics.from_sums(sums)
+    if manifest.encoding == "raw":
+        assert np.array_equal(ours.mean_picture, fresh.mean_picture)
+        assert np.array_equal(ours.covariance, fresh.covariance)
+    assert np.abs(ours.channel_mean - fresh.channel_mean).max() < 0.5
+    assert np.abs(ours.covariance / fresh.covariance - 1).max() < 0.02
+
+
+def test_a_class_is_withdrawn_and_its_label_stays(data):
+    manifest = withdraw(data, class_name="bird")
+    assert manifest.classes == ("apple", "bird", "cat", "dog")
+    assert manifest.change == {"withdrawn": 7}
+    assert set(load_index(data, "train", manifest)["label"].tolist()) == {0, 2, 3}
+    assert verify(data) == []
+    with pytest.raises(UsageError, match=r"'bird' of .* has no samples left"):
+        withdraw(data, class_name="bird")
+
+
+def test_a_purge_overwrites_the_bytes_and_nothing_else(data, tmp_path):
+    rows = load_index(data, "train", Manifest.load(data))
+    tars = {path.name: path.read_bytes() for path in data.glob("*.tar")}
+    place = names(data).index("dog/003.jpg")
+    manifest = withdraw(data, "dog/003.jpg", file=tmp_path / "keys", purge=True)
+    assert sorted(manifest.purged) == sorted(load_withdrawn(data, manifest))
+    shard, _, offset, size, _ = rows[place].tolist()
+    name = f"train-{shard:06d}.tar"
+    now = (data / name).read_bytes()
+    assert now[offset : offset + size] == bytes(size)
+    assert len(now) == len(tars[name])
+    differ = np.flatnonzero(np.frombuffer(now, "u1") != np.frombuffer(tars[name], "u1"))
+    assert set(differ.tolist()) <= set(range(offset - 2048, offset + size + 1024))
+    for other in tars.keys() - manifest.purged.keys():
+        assert (data / other).read_bytes() == tars[other]
+    for version in (1, 2):
+        assert verify(data, decode=True, version=version) == []
+    (data / name).write_bytes(now.replace(b"ustar", b"ustaR", 1))
+    assert verify(data, version=1) != []
+
+
+def test_what_was_withdrawn_before_can_be_purged_later(data, tmp_path):
+    with pytest.raises(UsageError, match="nothing was withdrawn"):
+        withdraw(data, purge=True)
+    withdraw(data, "dog/003.jpg", file=tmp_path / "keys")
+    manifest = withdraw(data, purge=True)
+    assert (manifest.number, manifest.change["withdrawn"]) == (3, 0)
+    assert withdraw(data, purge=True).number == 3
+    assert verify(data) == []
+
+
+def test_a_purge_that_is_cut_goes_on(data, tmp_path, monkeypatch):
+    create = FolderTarget.create
+
+    @contextmanager
+    def cut(self, name, *, durable=True):
+        if name.endswith(".tar"):
+            raise KeyboardInterrupt
+        with create(self, name, durable=durable) as file:
+            yield file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderTarget, "create", cut)
+        with pytest.raises(KeyboardInterrupt):
+            withdraw(data, "dog/003.jpg", file=tmp_path / "keys", purge=True)
+    report = check(data)
+    assert report.damage == []
+    assert report.unpurged == sorted(Manifest.load(data).purged)
+    assert withdraw(data, purge=True).number == 2
+    assert check(data).unpurged == []
+
+
+def test_cut_before_the_end_the_old_version_is_whole(data, tmp_path, monkeypatch):
+    create, text = FolderTarget.create, (data / NAME).read_bytes()
+
+    @contextmanager
+    def cut(self, name, *, durable=True):
+        if name == NAME:
+            raise KeyboardInterrupt
+        with create(self, name, durable=durable) as file:
+            yield file
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FolderTarget, "create", cut)
+        with pytest.raises(KeyboardInterrupt):
+            withdraw(data, class_name="cat")
+    assert (data / NAME).read_bytes() == text
+    assert verify(data) == []
+    assert withdraw(data, class_name="cat").number == 2
+    assert verify(data) == []
+
+
+def test_withdrawn_images_are_not_added_again(data, first, tmp_path):
+    withdraw(data, "dog/003.jpg", file=tmp_path / "keys")
+    manifest = add(data, first.parent / "train", max_rejects=1.0)
+    assert manifest.number == 2  # nothing but what is there, and what was withdrawn
+    extra = folder_per_class(tmp_path / "extra", 1, first_seed=900)
+    for path in extra.glob("*/000.jpg"):
+        path.rename(path.with_name("900.jpg"))
+    shutil.copy(first.parent / "train/dog/003.jpg", extra / "dog/again.jpg")
+    manifest = add(data, extra, max_rejects=1.0)
+    assert (manifest.number, manifest.change["added"], manifest.rejected) == (3, 4, 1)
+    (row,) = map(json.loads, (data / manifest.tables_in / "rejects.jsonl").open())
+    assert row["reason"] == "it was withdrawn from the data set"
+    assert (
+        load_withdrawn(data, manifest).keys()
+        == load_withdrawn(data, Manifest.load(data / "versions/000002")).keys()
+    )
+    assert verify(data) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (["cat/000.jpg", "cat/999.jpg"], r"no sample cat/999\.jpg; nothing is withdrawn"),
+        ([""], "names no sample"),
+    ],
+)
+def test_a_key_that_is_not_there_withdraws_nothing(data, tmp_path, keys, words):
+    text = (data / NAME).read_bytes()
+    with pytest.raises(UsageError, match=words) as raised:
+        withdraw(data, *keys, file=tmp_path / "keys")
+    complaint(raised)
+    assert (data / NAME).read_bytes() == text
+
+
+def test_a_split_is_not_emptied_and_other_refusals(data, tmp_path):
+    every = [*names(data)]
+    with pytest.raises(UsageError, match=r"split train of .* would have no samples left"):
+        withdraw(data, *every, file=tmp_path / "keys")
+    with pytest.raises(UsageError, match="has no class 'cow'; give the name of one of its 4"):
+        withdraw(data, class_name="cow")
+    with pytest.raises(UsageError, match="holds no data set"):
+        withdraw(tmp_path / "none", class_name="cat")
+    with pytest.raises(UsageError, match="exclude each other"):
+        withdraw(data, keys=tmp_path / "keys", class_name="cat")
+    with pytest.raises(UsageError, match="name what to withdraw"):
+        withdraw(data)
+    (data / "train.names.txt").write_bytes(b"")
+    with pytest.raises(DataError, match=r"train\.names\.txt is damaged"):
+        withdraw(data, "cat/000.jpg", file=tmp_path / "keys")
+    assert Manifest.load(data).number == 1
+
+
+def test_samples_of_another_tool_are_withdrawn_by_their_keys(made, tmp_path):
+    data = Path(shutil.copytree(made, tmp_path / "data"))
+    index(data)
+    key = (data / "train.keys.txt").read_text().splitlines()[3]
+    manifest = withdraw(data, key, file=tmp_path / "keys", purge=True)
+    assert manifest.splits["train"].samples == 19
+    assert key not in (data / manifest.tables_in / "train.keys.txt").read_text().splitlines()
+    for version in (1, 2):
+        assert verify(data, decode=True, version=version) == []
+    with pytest.raises(UsageError, match="another tool"):
+        add(data, made)
+
+
+def test_samples_are_withdrawn_and_purged_at_an_address(memory, first, tmp_path):
+    target = StoreTarget(memory)
+    for path in first.iterdir():
+        with target.create(path.name) as file:
+            file.write(path.read_bytes())
+    manifest = withdraw(memory, "dog/003.jpg", file=tmp_path / "keys", purge=True)
+    data = Path(shutil.copytree(first, tmp_path / "data"))
+    assert withdraw(data, "dog/003.jpg", file=tmp_path / "keys", purge=True) == manifest
+    for name in manifest.purged:
+        assert target.read(name) == (data / name).read_bytes()
+
+
+def test_the_command_reports_the_new_version(data, tmp_path, capsys):
+    assert command.main([str(data), "--class", "cat", "--workers", "1", "--json"]) == 0
+    out = capsys.readouterr()
+    facts = json.loads(out.out)
+    assert (facts["version"], facts["change"]) == (2, {"withdrawn": 7})
+    assert "version 2 of" in out.err
+    assert "7 samples withdrawn" in out.err
