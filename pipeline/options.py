@@ -101,8 +101,8 @@ class BuildConfig(Options):
     add: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
     """Images to add to the finished set OUT, as a new version of it: any source that --train takes.
     Those that it has already are skipped."""
-    split: Literal["train", "val"] = "train"
-    """Split to which --add adds."""
+    split: str = "train"
+    """Split to which --add adds: train, or val."""
     replace: bool = False
     """Let an image of --add take the place of the one of the same name in the set."""
     new_classes: bool = False
@@ -157,6 +157,8 @@ class BuildConfig(Options):
                     flag = name.replace("_", "-")
                     raise UsageError(f"--{flag} goes with --add SRC; name the images to add")
             return
+        if self.split not in ("train", "val"):
+            raise UsageError(f"--split {self.split:.60} is none of a build's; give train or val")
         if self.add is not None and self.retry_rejects:
             raise UsageError("--add and --retry-rejects make a version each; give one of them")
         if self.train or self.val or self.holdout:

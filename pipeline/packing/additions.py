@@ -124,10 +124,8 @@ def adopt_settings(options: BuildConfig, manifest: Manifest, target: Target) -> 
     for name, value in own.items():
         given = getattr(options, name)
         if given not in (value, getattr(BuildConfig, name)):
-            raise UsageError(
-                f"--{name.replace('_', '-')} {given} is not that of {target.address}, {value}; "
-                "leave it out"
-            )
+            flag = "--no-labels" if name == "labels" else f"--{name} {given}"
+            raise UsageError(f"{flag} is not that of {target.address}, {value}; leave it out")
     tables = chain.from_iterable(split.tables for split in manifest.splits.values())
     fields = sorted(set(list_fields(tables)))
     if sorted(options.members) != fields:

@@ -21,6 +21,8 @@ from cluster import train
 from cluster.cli import __main__ as duet
 from cluster.config import Config
 from cluster.experiments.neighbors import extract
+from pipeline import withdraw
+from pipeline.packing import additions
 from tests.docs.pages import PAGES, README, REPOSITORY, Block, blocks
 from tests.helpers.foreign_shards import made_by_webdataset as made  # noqa: F401
 from tests.helpers.training_runs import alone
@@ -112,7 +114,8 @@ def world(
     shutil.copy(next((image_folder / "val").rglob("*.jpg")), root / "image.jpg")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(extract, "LocalPool", InlinePool)
+        for module in (extract, additions, withdraw):
+            patch.setattr(module, "LocalPool", InlinePool)
         world = World()
         for block in blocks(README):
             if block.mark == "run" and block.language == "bash":

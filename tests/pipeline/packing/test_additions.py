@@ -123,7 +123,8 @@ def test_a_set_without_sums_is_read_once(data, sources, capsys):
     ours, theirs = (Statistics.load(one, Manifest.load(one)) for one in (data, exact))
     # The old images are measured as they are stored: JPEGs of quality 96.
     assert np.abs(ours.channel_mean - theirs.channel_mean).max() < 0.5
-    assert np.abs(ours.covariance / theirs.covariance - 1).max() < 0.02
+    lost = np.abs(ours.covariance - theirs.covariance).max()
+    assert lost < 0.03 * theirs.covariance.max()  # of colored noise at half the color resolution
     assert manifest.change["skipped"] == 1
     assert verify(data) == []
 
@@ -153,7 +154,7 @@ def test_a_replaced_image_keeps_its_id(data, sources, tmp_path):
     assert np.flatnonzero(before["crc"] != after["crc"]).tolist() == [place]
     assert after[place]["shard"] == len(manifest.splits["train"].shards) - 1
     assert names(data)[place] == "dog/002.jpg"
-    with Stream(data, batch_size=4, crop="whole", size=64, std=1.0, mean=0.0) as stream:
+    with Stream(data, batch_size=4, crop="whole", size=64, mean="channel") as stream:
         assert len(next(stream).ids) == 4
     for version in (1, 2):
         assert verify(data, decode=True, version=version) == []
@@ -211,9 +212,10 @@ def test_images_go_to_the_split_that_is_named(data, sources):
     [
         ({"quality": 90}, "--quality 90 is not that of"),
         ({"fields": ("json",)}, "have 0 other members"),
-        ({"labels": False}, "--labels False is not that of"),
+        ({"labels": False}, "--no-labels is not that of"),
         ({"train": "x"}, "--train begins a data set"),
         ({"retry_rejects": True}, "make a version each"),
+        ({"split": "test"}, "--split test is none of a build's"),
     ],
 )
 def test_settings_that_do_not_fit_the_set_are_refused(data, sources, settings, words):
@@ -233,7 +235,7 @@ def test_there_must_be_a_set_to_add_to(sources, tmp_path):
 
 def test_a_damaged_parent_ends_in_one_line(data, sources):
     path = data / "train.index.npy"
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(DamagedFile, match="not the index that was built"):
         add(data, sources / "two")
     (data / "train-000001.tar").write_bytes(b"")
