@@ -27,11 +27,11 @@ from pipeline.packing import chunks
 from pipeline.packing.aggregates import Aggregates, measure, subtract
 from pipeline.packing.build import (
     STATE,
-    refuse_many_rejects,
     describe_state,
     library_versions,
     pack_chunks,
     read_state,
+    refuse_many_rejects,
     write_shards,
 )
 from pipeline.packing.chunks import ChunkError, chunk_facts_name
@@ -42,7 +42,7 @@ from pipeline.packing.shards import FOLDER as SHARDS
 from pipeline.packing.shards import CollectedChunks, collect_chunks, read_shards
 from pipeline.remote.target import WORK, Target
 from pipeline.sources import Listing, scan
-from pipeline.sources.listing import Names, Reject, UnknownClasses, read_rejects
+from pipeline.sources.listing import DAMAGED, Names, Reject, UnknownClasses, read_rejects
 from pipeline.tools.errors import DuetError, UsageError, hint_resume
 from pipeline.tools.processes import LocalPool, Pool
 from pipeline.tools.progress import announce, write_line
@@ -188,6 +188,7 @@ def _scan(options: BuildConfig, source: str, split: Any, parent: Parent, scratch
             labels=options.val_labels if split == "val" else None,
             fields=options.members,
             labelled=bool(classes),
+            strict=options.strict,
         )
 
     try:
@@ -208,8 +209,9 @@ def _scan(options: BuildConfig, source: str, split: Any, parent: Parent, scratch
 
 
 def _list_rejects(options: BuildConfig, parent: Parent, scratch: Path) -> dict[str, list[Listing]]:
-    """List those images of all sources of a set that were rejected."""
-    names = {reject.name for reject in read_rejects(parent.rejects)} if parent.rejects else set()
+    """List those images of all sources of a set that were rejected, or lie in a damaged one."""
+    rejects = list(read_rejects(parent.rejects)) if parent.rejects else []
+    names = {reject.name for reject in rejects} | set(filter(None, map(_find_damaged, rejects)))
     sources: dict[tuple[str, str], None] = {}
     for version in reversed(parent.versions):
         found = version.manifest.change.get("sources", version.manifest.sources)
@@ -219,10 +221,20 @@ def _list_rejects(options: BuildConfig, parent: Parent, scratch: Path) -> dict[s
     listings: dict[str, list[Listing]] = {}
     for split, source in sources:
         listing = _scan(options, source, split, parent, scratch)
-        places = [n for n in range(len(listing)) if listing.full_name(n) in names]
+        is_damaged = [one.address in names for one in listing.containers]
+        places = [
+            n
+            for n, container in enumerate(listing.rows["container"].tolist())
+            if is_damaged[container] or listing.full_name(n) in names
+        ]
         if places:
             listings.setdefault(split, []).append(_select(listing, places))
     return listings
+
+
+def _find_damaged(reject: Reject) -> str | None:
+    """Return the source whose rest a reject stands for; None for a reject of one file."""
+    return (reject.source or reject.name) if reject.reason.startswith(DAMAGED) else None
 
 
 def _select(listing: Listing, places: list[int]) -> Listing:
@@ -231,7 +243,7 @@ def _select(listing: Listing, places: list[int]) -> Listing:
     ends = np.cumsum([len(one) for one in text]).astype(np.uint64)
     names = Names(np.frombuffer(b"".join(text), np.uint8), ends)
     rows, members = np.array(listing.rows[places]), np.array(listing.members[places])
-    return replace(listing, rows=rows, names=names, members=members, rejected=0)
+    return replace(listing, rows=rows, names=names, members=members, rejected=0, lost=0)
 
 
 def _find_done(options: BuildConfig, plan: BuildPlan, parent: Parent) -> int | None:
@@ -432,7 +444,12 @@ class _Addition:
         if self._options.retry_rejects:  # those that were tried again are listed anew, or packed
             listings = self._plan.listings
             tried = {one.full_name(n) for one in listings for n in range(len(one))}
-            before = [reject for reject in before if reject.name not in tried]
+            tried |= {container.address for one in listings for container in one.containers}
+            before = [
+                reject
+                for reject in before
+                if reject.name not in tried and _find_damaged(reject) not in tried
+            ]
         found = [*before, *read_rejects(collected.rejects_file)]
         if self._options.retry_rejects:
             found = list(dict.fromkeys(found))  # scans name again what is no image

@@ -40,6 +40,8 @@ _VALUE = re.compile(r"'[^']*'|[0-9][0-9,.]*")
 """Parts in which reasons of one kind differ."""
 
 WHOLE_FILE = -1
+DAMAGED = "damaged, and skipped from here on"
+"""Beginning of the reason of a reject that stands for the rest of a damaged source."""
 
 Kind = Literal["folder", "tar", "parquet"]
 
@@ -315,7 +317,7 @@ class ListingWriter:
         known = any(one == Container("parquet", address) for one in self._containers[-1:])
         self.faults.add(error, address, self._counts[address], known)
         name, source = hide_credentials(error.source), hide_credentials(address)
-        reason = f"damaged, and skipped from here on: {error.reason}"
+        reason = f"{DAMAGED}: {error.reason}"
         self._rejects.write(Reject(name, reason, source, error.offset).to_json_line())
         self.rejected += 1
 
