@@ -21,6 +21,7 @@ from cluster.launch.session import refuse_relative
 from cluster.launch.task_pool import RayPool
 from pipeline.build_shards import report_build
 from pipeline.options import BuildConfig
+from pipeline.packing.additions import add_version
 from pipeline.packing.build import build
 from pipeline.remote.filesystem import is_remote
 from pipeline.remote.target import is_finished, open_target
@@ -50,14 +51,15 @@ def main(argv: list[str] | None = None) -> int:
         **given | {"workers": 1}
     )  # of this class for all nodes; theirs is in the pool
     refuse_relative("OUT", options.out)
-    for name, source in (("--train", options.train), ("--val", options.val)):
+    sources = {"--train": options.train, "--val": options.val, "--add": options.add}
+    for name, source in sources.items():
         refuse_relative(name, source or "/", missing=True)
     target = open_target(_resolve_out(options.out))
     started = time.monotonic()
-    known = is_finished(target)
+    known = is_finished(target) and not options.extends
     aside = io.StringIO()  # what Ray has to say on stdout
     with redirect_stdout(aside), RayPool(workers) as pool:
-        manifest = build(options, target, pool)
+        manifest = (add_version if options.extends else build)(options, target, pool)
     report_build(options, manifest, target, None if known else time.monotonic() - started)
     return 0
 

@@ -23,6 +23,7 @@ from typing import Any
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.tar import escape
 from pipeline.options import BuildConfig
+from pipeline.packing.additions import add_version
 from pipeline.packing.build import build
 from pipeline.packing.duplicates import NAME as DUPLICATES
 from pipeline.packing.shards import REJECTS
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     target = open_target(options.out)
     known = is_finished(target) and not options.extends
-    manifest = build(options, target)
+    manifest = (add_version if options.extends else build)(options, target)
     report_build(options, manifest, target, None if known else time.monotonic() - started)
     return 0
 

@@ -344,6 +344,14 @@ def number_classes(names: Sequence[str]) -> Mapping[int, int] | None:
     return dict(found) if len(dict(found)) == len(names) else None
 
 
+class UnknownClasses(UsageError):
+    """Classes of a source that are not in the list that was given."""
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
+
+
 @dataclass(frozen=True)
 class Classes:
     """The classes of a data set; a label is an index into `names`."""

@@ -21,6 +21,7 @@ import numpy as np
 from pipeline.dataset.images import SIZE
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.members import list_fields
+from pipeline.dataset.samples import UnknownClasses
 from pipeline.dataset.shards import shard_number
 from pipeline.options import BuildConfig
 from pipeline.packing import chunks
@@ -28,6 +29,7 @@ from pipeline.packing.aggregates import Aggregates, measure, subtract
 from pipeline.packing.build import (
     STATE,
     describe_state,
+    disk_errors_in_one_line,
     library_versions,
     pack_chunks,
     read_state,
@@ -40,9 +42,9 @@ from pipeline.packing.plan import BuildPlan, compute_fingerprint
 from pipeline.packing.revision import Ids, NewSamples, Parent, SplitEdit, VersionFacts, seal_version
 from pipeline.packing.shards import FOLDER as SHARDS
 from pipeline.packing.shards import CollectedChunks, collect_chunks, read_shards
-from pipeline.remote.target import WORK, Target
+from pipeline.remote.target import WORK, Target, is_finished, open_target
 from pipeline.sources import Listing, scan
-from pipeline.sources.listing import DAMAGED, Names, Reject, UnknownClasses, read_rejects
+from pipeline.sources.listing import DAMAGED, Names, Reject, read_rejects
 from pipeline.tools.errors import DuetError, UsageError, hint_resume
 from pipeline.tools.processes import LocalPool, Pool
 from pipeline.tools.progress import announce, write_line
@@ -54,12 +56,14 @@ REPEATS = 3
 """Times that a chunk which was damaged on the disk is packed again before it is given up."""
 
 
-def add_version(options: BuildConfig, target: Target, pool: Pool | None = None) -> Manifest:
+def add_version(
+    options: BuildConfig, target: Target | None = None, pool: Pool | None = None
+) -> Manifest:
     """Make the version with the images of `options.add`, or with rejects that can be read by now.
 
     Args:
         options: the settings; those that the set decides are taken from it.
-        target: the data set, finished.
+        target: OUT, a finished data set; by default the target of `options.out`.
         pool: runs the jobs; by default processes of this machine.
 
     Returns:
@@ -70,6 +74,17 @@ def add_version(options: BuildConfig, target: Target, pool: Pool | None = None) 
         DataError: a manifest, table or shard of the set is damaged.
         DuetError: too many rejects, a disk failed or is full, or a worker died repeatedly.
     """
+    options.check()
+    target = target or open_target(options.out)
+    with disk_errors_in_one_line(target):
+        if not is_finished(target):
+            raise UsageError(
+                f"{target.address} holds no finished data set to add to; build it with --train SRC"
+            )
+        return _add(options, target, pool)
+
+
+def _add(options: BuildConfig, target: Target, pool: Pool | None) -> Manifest:
     with target.reserve(extends=True), target.scratch() as scratch:
         parent = Parent(target, scratch)
         options = adopt_settings(options, parent.manifest, target)

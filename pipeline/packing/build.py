@@ -85,15 +85,6 @@ def build(options: BuildConfig, target: Target | None = None, pool: Pool | None 
     """
     options.check()
     target = target or open_target(options.out)
-    if options.extends:
-        from pipeline.packing.additions import add_version
-
-        if not is_finished(target):
-            raise UsageError(
-                f"{target.address} holds no finished data set to add to; build it with --train SRC"
-            )
-        with disk_errors_in_one_line(target):
-            return add_version(options, target, pool)
     with disk_errors_in_one_line(target):
         if is_finished(target):
             return _check_finished(options, target)

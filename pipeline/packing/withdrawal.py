@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -238,7 +238,7 @@ def _read_purged(path: Path, samples: Iterable[WithdrawnSample]) -> Iterator[byt
             yield block
 
 
-def _list_members(file: IO[bytes], name: str, offsets: set[int]) -> Iterator[tuple[int, int]]:
+def _list_members(file: BinaryIO, name: str, offsets: set[int]) -> Iterator[tuple[int, int]]:
     """Yield offset and size of all members of the samples with an image at one of the offsets."""
     for sample in group_samples(read_members(file, name)):
         inside = (range(part.offset, part.offset + part.size) for part in sample.parts)
@@ -246,7 +246,7 @@ def _list_members(file: IO[bytes], name: str, offsets: set[int]) -> Iterator[tup
             yield from ((part.offset, part.size) for part in sample.parts)
 
 
-def _read(file: IO[bytes], size: int) -> Iterator[bytes]:
+def _read(file: BinaryIO, size: int) -> Iterator[bytes]:
     while size > 0:
         block = file.read(min(BLOCK, size))
         if not block:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.samples import Classes, refuse_same_names, sort_classes
+from pipeline.dataset.samples import Classes, UnknownClasses, refuse_same_names, sort_classes
 from pipeline.dataset.tar import ENCODING, escape
 from pipeline.sources.faults import Faults
 from pipeline.tools.errors import DamagedSource, UsageError
@@ -93,14 +93,6 @@ def summarize_rejects(rejects: Iterable[Reject]) -> str:
 
 class Unreadable(Exception):
     """One image cannot be read from its container; the message is the reason, one line."""
-
-
-class UnknownClasses(UsageError):
-    """Classes of a source that are not in the list that was given."""
-
-    def __init__(self, message: str, names: Sequence[str]) -> None:
-        super().__init__(message)
-        self.names = tuple(names)
 
 
 class SourceReader(Protocol):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from pipeline.dataset.samples import UnknownClasses
 from pipeline.dataset.tar import escape
 from pipeline.remote.filesystem import is_remote
 from pipeline.sources.folders import (
@@ -24,7 +25,7 @@ from pipeline.sources.folders import (
     read_labels,
 )
 from pipeline.sources.imagenet import find_titles, is_kit_name, is_list_name
-from pipeline.sources.listing import Listing, ListingWriter, UnknownClasses
+from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.sources.names import (
     HIDDEN,
     IMAGE_ENDINGS,

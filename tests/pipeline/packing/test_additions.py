@@ -22,6 +22,7 @@ from pipeline.dataset.members import TextTable
 from pipeline.dataset.versions import AGGREGATES
 from pipeline.options import BuildConfig
 from pipeline.packing import plan
+from pipeline.packing.additions import add_version
 from pipeline.packing.build import build
 from pipeline.remote.target import WORK, FolderTarget, StoreTarget
 from pipeline.tools.errors import DamagedFile, DuetError, UsageError
@@ -60,7 +61,7 @@ def data(first: Path, tmp_path: Path) -> Path:
 def add(out: object, source: Path | None = None, pool: object = None, **settings) -> Manifest:
     settings = {"samples_per_shard": 5, "max_rejects": 0.5} | settings
     given = {"add": str(source)} if source else {}
-    return build(BuildConfig(out=str(out), **given, **settings), pool=pool or Here())
+    return add_version(BuildConfig(out=str(out), **given, **settings), pool=pool or Here())
 
 
 def names(folder: Path, split: str = "train") -> list[str]:
@@ -329,9 +330,7 @@ def test_cut_anywhere_the_old_version_is_whole_and_the_next_attempt_ends_alike(
 def test_twenty_kills_at_random_moments_with_any_number_of_workers(first, sources, tmp_path):
     whole = Path(shutil.copytree(first, tmp_path / "whole"))
     begun = time.monotonic()
-    build(
-        BuildConfig(out=str(whole), add=str(sources / "two"), samples_per_shard=5, max_rejects=0.5)
-    )
+    add(whole, sources / "two", pool=LocalPool(2))
     seconds, expected = time.monotonic() - begun, everything(whole)
     old = (first / NAME).read_bytes()
     out, draw, kills = tmp_path / "data", random.Random(0), 0
