@@ -5,6 +5,7 @@ dataset      opens a data set in a folder or a store
 download     one file to a local path
 file         a seekable remote file
 filesystem   addresses, file systems, retries, timeouts, error text
+hub          addresses of the Hugging Face hub, its token and its refusals
 lease        one writer at an address
 local        the interface of a data set, and one in a folder
 prefetch     downloads shards before they are needed

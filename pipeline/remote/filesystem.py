@@ -1,9 +1,9 @@
 """Everything that a request to a store needs: address, file system, retries, timeouts, error text.
 
-A store is any address that fsspec knows: `https://`, `s3://`, `gs://`, and so on. Credentials and
-endpoints are what fsspec and its packages read from the environment: `AWS_PROFILE`,
+A store is any address that fsspec knows: `https://`, `s3://`, `gs://`, `hf://`, and so on.
+Credentials and endpoints are what fsspec and its packages read from the environment: `AWS_PROFILE`,
 `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`, `GOOGLE_APPLICATION_CREDENTIALS`, `FSSPEC_S3_ANON=true`,
-and the files in `~/.config/fsspec`.
+`HF_TOKEN`, and the files in `~/.config/fsspec`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
+from pipeline.remote import hub
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
 from pipeline.tools.files import explain_full_disk
 from pipeline.tools.packages import suggest_extra
@@ -34,7 +35,9 @@ from pipeline.tools.text import first_line, hide_credentials
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Schemes of stores where a file appears only when all of it has been uploaded."""
-EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
+EXTRAS = {
+    "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http", "hf": "hf",
+}  # fmt: skip
 """Extra of this package that installs what a scheme needs."""
 SLOWEST_TRANSFER = 100_000
 """Bytes per second: a transfer without progress reports may take as long as this rate needs."""
@@ -157,10 +160,12 @@ def check_address(address: str, what: str, *, chain: bool = True) -> None:
         scheme = link.partition("://")[0]
         try:
             fsspec.get_filesystem_class(scheme)
+            if scheme == hub.SCHEME:
+                fsspec.get_filesystem_class("https")
         except ValueError as error:
             raise UsageError(
                 f"{named}: unknown scheme {scheme!r}; give a folder, or an address such as "
-                "https://host/folder, s3://bucket/folder, gs://bucket/folder"
+                "https://host/folder, s3://bucket/folder, hf://datasets/OWNER/NAME"
             ) from error
         except ImportError as error:
             extra = EXTRAS.get(scheme)
@@ -173,6 +178,8 @@ def check_address(address: str, what: str, *, chain: bool = True) -> None:
                 f"{named}: {summarize_error(error)}; give an address such as https://host/folder, "
                 "https://host:8080/folder, http://[::1]:8080/folder"
             ) from error
+    if hub.is_hub(links[-1]):
+        hub.check_hub_address(links[-1], named)
     if "?" in address and is_web(links[-1]):
         raise UsageError(
             f"{named}: an address with a query has no files below it, and would stand in the "
@@ -181,7 +188,11 @@ def check_address(address: str, what: str, *, chain: bool = True) -> None:
 
 
 def open_filesystem(
-    address: str, policy: RetryPolicy | None = None, *, reports_bytes: bool = False
+    address: str,
+    policy: RetryPolicy | None = None,
+    *,
+    reports_bytes: bool = False,
+    lists: bool = False,
 ) -> tuple[Any, str]:
     """Return the fsspec file system of an address that `check_address` accepts, and its path there.
 
@@ -190,14 +201,23 @@ def open_filesystem(
         policy: timeouts.
         reports_bytes: whether each block of a download must be reported as it comes, to a callback
             in a thread that does not last.
+        lists: whether folders are to be listed. Without, files of the hub are those of a web
+            server, which has no list of them.
     """
     import fsspec
     from fsspec.core import url_to_fs
 
-    policy = policy or RetryPolicy()
+    policy, own = policy or RetryPolicy(), dict[str, Any]()
+    if hub.is_hub(address) and lists:
+        hub.silence_library()
+    elif hub.is_hub(address):
+        address, headers = hub.locate_on_web(address)
+        own = hub.client_options(address, headers)
     links = split_chain(address)
     schemes = [link.partition("://")[0] for link in links]
     options = {name: _client_options(name, policy, reports_bytes) for name in schemes}
+    if own:
+        options[schemes[0]]["client_kwargs"] |= own
     kind = fsspec.get_filesystem_class(schemes[0])
     if reports_bytes and not getattr(kind, "async_impl", True):
         options[schemes[0]]["skip_instance_cache"] = True  # else an instance for each thread
@@ -293,7 +313,7 @@ def retry(
     asked = read_retry_after(failure)
     way = f"try again in {asked:.0f} s, as it asks" if asked else "try again later"
     if is_permanent(failure):
-        way = "check the address and the credentials"
+        way = explain_refusal(failure) or "check the address and the credentials"
     if isinstance(failure, Mismatch):
         error, way = DataError, "repair the data set in the store"
     raise error(f"{hide_credentials(what)}; {way}") from failure
@@ -352,12 +372,21 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}{answer}: {words}"
 
 
+def explain_refusal(error: BaseException) -> str:
+    """Return the way out of a refusal if the store tells one by its answer; else ""."""
+    return hub.advise(_read_headers(error))
+
+
 def _http_status(error: BaseException) -> int | None:
-    """Return the HTTP status that an error of aiohttp, gcsfs or s3fs stands for."""
+    """Return the HTTP status that an error of a store's package stands for."""
     for attribute in ("status", "code"):  # aiohttp, gcsfs
         found = str(getattr(error, attribute, ""))
         if found.isdigit():
             return int(found)
+    for one in (error, error.__cause__):  # huggingface_hub, and over its error fsspec
+        status = getattr(getattr(one, "response", None), "status_code", None)
+        if isinstance(status, int):
+            return status
     answer = getattr(error.__cause__, "response", None)  # s3fs, over botocore's error
     if isinstance(answer, dict):
         status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -367,14 +396,7 @@ def _http_status(error: BaseException) -> int | None:
 
 def read_retry_after(error: BaseException) -> float:
     """Return the seconds that a server asks to wait (`Retry-After`); 0 if it does not."""
-    headers = getattr(error, "headers", None)  # aiohttp's
-    answer = getattr(error.__cause__, "response", None)  # botocore's
-    if isinstance(answer, Mapping):
-        headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders")
-    if not isinstance(headers, Mapping):
-        return 0.0
-    found = {str(name).lower(): str(value).strip() for name, value in headers.items()}
-    asked = found.get("retry-after", "")
+    asked = _read_headers(error).get("retry-after", "")
     if asked.isdecimal():
         return float(asked)
     try:
@@ -383,6 +405,20 @@ def read_retry_after(error: BaseException) -> float:
         return 0.0
     until = until if until.tzinfo else until.replace(tzinfo=UTC)
     return max(0.0, (until - datetime.now(UTC)).total_seconds())
+
+
+def _read_headers(error: BaseException) -> dict[str, str]:
+    """Return the headers of the answer that an error stands for, names in small letters."""
+    headers = getattr(error, "headers", None)  # aiohttp's
+    for one in (error, error.__cause__):
+        answer = getattr(one, "response", None)
+        if isinstance(answer, Mapping):  # botocore's
+            headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders")
+        elif answer is not None:  # huggingface_hub's
+            headers = getattr(answer, "headers", None)
+    if not isinstance(headers, Mapping):
+        return {}
+    return {str(name).lower(): str(value).strip() for name, value in headers.items()}
 
 
 @dataclass(frozen=True)

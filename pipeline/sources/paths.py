@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import braceexpand
@@ -25,6 +24,7 @@ from pipeline.remote.filesystem import (
     RetryPolicy,
     Unreachable,
     check_address,
+    explain_refusal,
     is_remote,
     is_web,
     join_name,
@@ -32,6 +32,7 @@ from pipeline.remote.filesystem import (
     open_filesystem,
     retry,
 )
+from pipeline.sources.names import is_archive, is_document, is_image
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.tools.text import hide_credentials
 
@@ -204,19 +205,23 @@ def scan_each(
 
 def _find_remote(source: str, ending: str, pattern: bool) -> SourceFiles | None:
     check_address(source, "source", chain=False)
-    system, path = open_filesystem(source)
+    system, path = open_filesystem(source, lists=True)
     safe = hide_credentials(source)
     if pattern and (found := _expand_remote(source, system)) != [source]:
         return _select_files(found, ending, None)
     if path.lower().endswith(ending):
         return SourceFiles((source,), None)
-    if is_web(source) or Path(path).suffix:  # a file of another kind
+    # Names of folders have dots, too: "imagenet-1.0", and the revision of "set@v1.2".
+    if is_web(source) or is_image(path) or is_archive(path) or is_document(path):
         return None
 
     def list_store(folder: str) -> list[str]:
-        with suppress(FileNotFoundError):
+        try:
             return [system.unstrip_protocol(name) for name in system.ls(folder, detail=False)]
-        return []
+        except FileNotFoundError as error:
+            if explain_refusal(error):  # nobody can tell whether there is something
+                raise
+            return []
 
     @cache
     def list_names(folder: str) -> list[str]:

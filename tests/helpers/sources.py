@@ -10,7 +10,9 @@ import fsspec
 import pytest
 
 from pipeline.sources import Listing, open_reader
+from tests.helpers import hub_servers
 from tests.helpers.http_servers import QUICK
+from tests.helpers.hub_servers import serve_hub
 from tests.helpers.range_servers import RangeServer
 
 
@@ -28,10 +30,13 @@ def read_contents(listing: Listing) -> list[tuple[str, bytes]]:
 
 @contextmanager
 def publish_folder(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Yield the address of a folder in the store that `request.param` names: memory, http, s3."""
+    """Yield the address of a folder in the store `request.param`: memory, http, s3, hf."""
     if request.param == "http":
         with RangeServer(folder) as server:
             yield server.address
+    elif request.param == "hf":
+        with serve_hub(request.getfixturevalue("monkeypatch"), main=folder):
+            yield f"hf://datasets/{hub_servers.NAME}"
     elif request.param == "memory":
         system = fsspec.filesystem("memory")
         system.put(str(folder), "/published", recursive=True)

@@ -172,7 +172,7 @@ def test_what_is_parquet(tmp_path):
         assert not is_parquet(str(tmp_path / source))
 
 
-@pytest.fixture(params=["memory", "http", "s3"])
+@pytest.fixture(params=["memory", "http", "s3", "hf"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A store with two files of ten images."""
     folder = tmp_path / "s"

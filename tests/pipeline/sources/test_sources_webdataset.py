@@ -207,7 +207,7 @@ def test_a_large_shard_comes_in_parts(tmp_path, monkeypatch):
     assert len(listing.containers) == 3
 
 
-@pytest.fixture(params=["memory", "http", "s3"])
+@pytest.fixture(params=["memory", "http", "s3", "hf"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """A store with the shards of `PICTURES`."""
     folder = write_shards(tmp_path / "s", cls=lambda place: place % 4)
