@@ -330,8 +330,10 @@ def _read_samples(job: ChunkJob) -> Iterator[SourceSample | str]:
     fields = job.options.members
     images = zip(job.names, job.rows, job.members, strict=True)
     for number, group in groupby(images, key=lambda image: image[1]["container"]):
-        with closing(open_reader(job.containers[number], fields=fields)) as reader:
-            for name, row, places in group:
+        found = list(group)
+        wanted = [(name, int(row["size"])) for name, row, _ in found]
+        with closing(open_reader(job.containers[number], fields=fields, wanted=wanted)) as reader:
+            for name, row, places in found:
                 try:
                     data = reader.read(name, int(row["place"]), int(row["size"]))
                     if (foreign := describe_foreign(data)) is not None:

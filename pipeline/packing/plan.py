@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from pipeline.dataset.images import SIZE, Fit, Size
 from pipeline.dataset.jpeg_header import MAX_PIXELS, ImageError
 from pipeline.dataset.tar import escape
 from pipeline.options import BuildConfig
-from pipeline.remote.filesystem import is_remote
+from pipeline.remote.filesystem import is_remote, is_web
 from pipeline.sources import Listing, Reject, find_other_splits, scan
 from pipeline.sources.listing import ROWS_AT_A_TIME
 from pipeline.tools.errors import UsageError
@@ -330,10 +331,14 @@ def _prefix_containers(listing: Listing) -> list[str]:
     root = os.path.abspath(listing.source)
     if local and not all(os.path.join(one, "").startswith(os.path.join(root, "")) for one in local):
         root = os.path.commonpath(list(map(os.path.dirname, local)))  # of a glob
-    prefixes = []
+    prefixes, top = [], f"{listing.source.rstrip('/')}/"
     for one in listing.containers:
         name = hide_credentials(one.address)
-        name = name if is_remote(one.address) else os.path.relpath(one.address, root)
+        if not is_remote(one.address):
+            name = os.path.relpath(one.address, root)
+        elif one.kind == "folder":
+            name = hide_credentials(f"{one.address}/".removeprefix(top).rstrip("/") or ".")
+            name = unquote(name) if is_web(one.address) else name
         prefixes.append("" if name == "." else f"{name.rstrip('/')}/")
     return prefixes
 

@@ -357,6 +357,13 @@ def is_permanent(error: BaseException) -> bool:
     return isinstance(error, _PERMANENT) or "Credential" in type(error).__name__
 
 
+def is_missing(error: BaseException | None) -> bool:
+    """Return whether a store answered that there is no such file."""
+    return isinstance(error, FileNotFoundError) or (
+        error is not None and _http_status(error) in (404, 410)
+    )
+
+
 def describe_error(error: BaseException) -> str:
     """Return in one line what a store answered."""
     status = _http_status(error)

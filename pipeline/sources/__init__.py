@@ -16,6 +16,7 @@ A listed image is a place in a container; `open_reader` reads it from there in a
 
     scan        detects the kind of a source
     folders     folders of classes; unsorted folders and tars
+    store_folders   folders of classes in a store
     tars        tars of classes
     imagenet    ILSVRC's ground truth, development kit and class names
     parquet     parquet files of Hugging Face

@@ -6,10 +6,11 @@ fourteen million files are listed at the speed at which the kernel names them.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,7 @@ from pipeline.sources.names import (
     HIDDEN,
     IMAGE_ENDINGS,
     NO_FILE,
+    NO_IMAGE,
     PARQUET,
     TAR,
     describe_no_image,
@@ -42,6 +44,8 @@ from pipeline.sources.names import (
 )
 from pipeline.sources.tars import ImageBuffer, get_class, open_tar, select_files
 from pipeline.tools.errors import SYSTEM_ERRORS, DamagedSource, UsageError, summarize_error
+
+_SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation")}
 
 
 class FolderContents(NamedTuple):
@@ -89,7 +93,7 @@ def list_folder(folder: str | Path) -> FolderContents:
 def add_folder(folder: Path, class_name: str, writer: ListingWriter) -> None:
     """Add the images below `folder`, in a container for each folder that holds any."""
     for path, inside in _walk(os.path.abspath(folder), writer):
-        images = _select_images(path, inside.files, writer)
+        images = select_images(path, inside.files, writer)
         for name in inside.other:
             writer.reject(f"{path}/{name}", NO_FILE)
         for name in inside.hidden:
@@ -98,7 +102,70 @@ def add_folder(folder: Path, class_name: str, writer: ListingWriter) -> None:
             writer.add(writer.container("folder", path), class_name, images)
 
 
-def _select_images(path: str, files: list[str], writer: ListingWriter) -> list[str]:
+def choose_split(inside: FolderContents, split: str, source: str) -> str | None:
+    """Return the folder or tar of one split in a folder that holds several; None if it holds none.
+
+    Args:
+        inside: content of the folder.
+        split: `train` or `val`.
+        source: the folder, for messages.
+
+    Raises:
+        UsageError: it holds only the other split.
+    """
+    found = {
+        name: [
+            *(entry for entry in inside.files if entry == f"ILSVRC2012_img_{name}.tar"),
+            *(entry for entry in folders if entry in inside.folders),
+        ]
+        for name, folders in _SPLIT_FOLDERS.items()
+    }
+    # A class may well be called "train", but not beside nothing else than a "val" or a "test".
+    others = set(inside.folders) - {*itertools.chain(*_SPLIT_FOLDERS.values()), "test"}
+    tars = [name for name in inside.files if name.startswith("ILSVRC2012_img_")]
+    if not all(found.values()) and (others or not any(found.values())) and not tars:
+        return None
+    if not found[split]:
+        raise UsageError(
+            f"source {escape(source)} has no {split}: it holds "
+            f"{', '.join(map(escape, sorted({*inside.folders, *tars})))}; name the folder or tar "
+            f"of the {split} images"
+        )
+    return found[split][0]
+
+
+def check_files(
+    source: str, files: Iterable[str], used: Collection[str], writer: ListingWriter
+) -> None:
+    """Reject or refuse the files of a folder of classes, or of splits, that are neither.
+
+    Args:
+        source: the folder, for messages.
+        files: names of its files.
+        used: those that are a class or a split.
+        writer: takes the rejects.
+
+    Raises:
+        UsageError: an image or an archive: a class may be behind it.
+    """
+    for name in files:
+        if is_image(name):
+            raise UsageError(
+                f"image {escape(f'{source}/{name}')} lies outside a class; "
+                "put it into a folder named as its class"
+            )
+        if name in used or is_list_name(name) or is_document(name):
+            continue
+        if is_archive(name):
+            raise UsageError(
+                f"{escape(f'{source}/{name}')} is an archive that is not looked into, or "
+                "compressed; unpack it to a .tar first if it is a class (images do not get "
+                "smaller), else move it away"
+            )
+        writer.reject(f"{source}/{name}", NO_IMAGE)
+
+
+def select_images(path: str, files: list[str], writer: ListingWriter) -> list[str]:
     """Return the images among the files of a folder that have all their members beside them."""
     endings = tuple(f".{field}" for field in writer.fields)
     members = {name for name in files if name.endswith(endings)}

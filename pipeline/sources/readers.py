@@ -5,14 +5,34 @@ from __future__ import annotations
 import itertools
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.dataset.tar import ENCODING, escape
-from pipeline.remote.filesystem import RetryPolicy
-from pipeline.sources.listing import Container, SourceReader, Unreadable, refuse_if_too_large
+from pipeline.remote.filesystem import (
+    BackgroundCall,
+    RetryPolicy,
+    Unreachable,
+    is_missing,
+    is_remote,
+    is_web,
+    join_name,
+    open_filesystem,
+    retry,
+)
+from pipeline.sources.listing import (
+    MOST_IMAGE_BYTES,
+    WHOLE_FILE,
+    Container,
+    SourceReader,
+    Unreadable,
+    refuse_if_too_large,
+)
 from pipeline.sources.names import member_name
 from pipeline.sources.parquet import (
     DAMAGE,
@@ -25,6 +45,7 @@ from pipeline.sources.parquet import (
 from pipeline.sources.paths import open_file
 from pipeline.tools.errors import MEDIUM_ERRORS, SYSTEM_ERRORS, summarize_error
 from pipeline.tools.processes import limit_memory
+from pipeline.tools.text import hide_credentials
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -153,7 +174,10 @@ class ParquetReader:
 
 
 def open_reader(
-    container: Container, policy: RetryPolicy | None = None, fields: Sequence[str] = ()
+    container: Container,
+    policy: RetryPolicy | None = None,
+    fields: Sequence[str] = (),
+    wanted: Iterable[tuple[str, int]] = (),
 ) -> SourceReader:
     """Open a container of images.
 
@@ -161,12 +185,16 @@ def open_reader(
         container: container of a `Listing`.
         policy: tries and timeouts if it is in a store.
         fields: other members of the samples that will be read.
+        wanted: name and size of the images that will be read, in this order; of a folder in a
+            store, the next ones are fetched while one is used.
 
     Raises:
         OSError: the container is missing, or of another kind than it was.
     """
     if container.kind == "parquet":
         return ParquetReader(container.address, policy, fields)
+    if container.kind == "folder" and is_remote(container.address):
+        return StoreFolderReader(container.address, policy, fields, wanted)
     if container.kind == "folder":
         return FolderReader(container.address)
     return TarReader(container.address, policy)
@@ -223,6 +251,110 @@ def _read_all(file: int) -> bytes:
         parts.append(more)
         refuse_if_too_large(sum(map(len, parts)))
     return b"".join(parts)
+
+
+AHEAD, AHEAD_BYTES = 16, 32 << 20
+"""Most files of a store that are fetched ahead by a process, and most bytes of them."""
+UNKNOWN_BYTES = 1 << 20
+"""Bytes that a file counts for whose size is not listed."""
+
+
+class StoreFolderReader:
+    """Files of a folder in a store; those that are wanted next are fetched ahead."""
+
+    def __init__(
+        self,
+        address: str,
+        policy: RetryPolicy | None = None,
+        fields: Sequence[str] = (),
+        wanted: Iterable[tuple[str, int]] = (),
+    ) -> None:
+        """Request nothing yet; see `open_reader`."""
+        self._address, self._policy = address, policy or RetryPolicy()
+        self._system, self._path = open_filesystem(address, self._policy)
+        self._wanted = deque(
+            one
+            for name, size in wanted
+            for one in ((name, size), *((member_name(name, field), WHOLE_FILE) for field in fields))
+        )
+        self._running: deque[tuple[str, int, BackgroundCall[bytes]]] = deque()
+        """Name, size and request of each file that is fetched ahead."""
+
+    def read(self, name: str, place: int, size: int) -> bytes:
+        """Return the bytes of file `name`; see `SourceReader`."""
+        refuse_if_too_large(size)
+        data = self._take(name) if size else b""  # of no bytes there is no range to ask for
+        if data is None:
+            try:
+                data = retry(
+                    partial(self._request, name),
+                    join_name(self._address, name),
+                    self._policy,
+                    size=max(size, 0),
+                    error=Unreachable,
+                )
+            except Unreachable as error:
+                if is_missing(error.__cause__):
+                    self._require_folder()
+                    raise Unreadable("cannot be read: it is not there any more") from error
+                raise
+        refuse_if_too_large(len(data))
+        if size >= 0 and len(data) != size:
+            raise Unreadable(f"has {len(data):,} bytes, where {size:,} were listed")
+        return data
+
+    def read_member(self, field: str, name: str, place: int, size: int) -> bytes:
+        """Return the file beside image `name` that has its name and the ending `field`."""
+        return self.read(member_name(name, field), place, WHOLE_FILE)
+
+    def close(self) -> None:
+        """Forget what is fetched ahead; requests under way end by themselves."""
+        self._wanted.clear()
+        self._running.clear()
+
+    def _take(self, name: str) -> bytes | None:
+        """Return the bytes of a file that was fetched ahead; None if it was not, or failed."""
+        call = None
+        while call is None and (self._running or self._wanted):
+            self._fetch_ahead()
+            if self._running:  # else none was left but some that are too large
+                found, _, request = self._running.popleft()
+                call = request if found == name else None
+        self._fetch_ahead()
+        with suppress(Exception):  # it is read again, with retries
+            return None if call is None else call.result(self._policy.request_timeout())
+        return None
+
+    def _fetch_ahead(self) -> None:
+        """Request the next files, one at least."""
+        taken = sum(size for _, size, _ in self._running)
+        while self._wanted and len(self._running) < AHEAD:
+            name, size = self._wanted[0]
+            size = size if size >= 0 else UNKNOWN_BYTES
+            if self._running and taken + size > AHEAD_BYTES:
+                return
+            self._wanted.popleft()
+            if 0 < size <= MOST_IMAGE_BYTES:
+                call = BackgroundCall(partial(self._request, name))
+                self._running.append((name, size, call))
+                taken += size
+
+    def _require_folder(self) -> None:
+        """Raise OSError if the whole folder went away."""
+        system, path = open_filesystem(self._address, self._policy, lists=True)
+
+        def ask() -> bool:
+            system.invalidate_cache()
+            return bool(system.exists(path))
+
+        # A web server need not show a folder to have files in it.
+        if not is_web(path) and not retry(ask, self._address, self._policy, error=Unreachable):
+            raise OSError(f"{hide_credentials(self._address)} is not there any more")
+
+    def _request(self, name: str) -> bytes:
+        # From a place on, as s3fs asks for the size of a whole file first, in a request of its own.
+        start = None if is_web(self._path) else 0
+        return bytes(self._system.cat_file(join_name(self._path, name), start=start))
 
 
 class TarReader:

@@ -18,6 +18,8 @@ from pipeline.sources.folders import (
     add_flat_folder,
     add_flat_tar,
     add_folder,
+    check_files,
+    choose_split,
     find_image_below,
     find_loose_in_folder,
     find_loose_in_tar,
@@ -29,12 +31,10 @@ from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.sources.names import (
     HIDDEN,
     IMAGE_ENDINGS,
-    NO_IMAGE,
     PARQUET,
     TAR,
     is_archive,
     is_document,
-    is_image,
     is_system,
     is_tar,
 )
@@ -46,17 +46,13 @@ from pipeline.sources.paths import (
     find_files,
     strip_file_scheme,
 )
+from pipeline.sources.store_folders import scan_store_folders
 from pipeline.sources.tars import add_class_tar, add_tar
 from pipeline.sources.webdataset import is_webdataset, scan_webdataset
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.tools.text import hide_credentials
 
 SplitName = Literal["train", "val"]
-
-_FOLDERS: dict[SplitName, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "val": ("val", "validation"),
-}
 
 
 def scan(
@@ -125,10 +121,13 @@ def _scan_any(
     if (listing := _scan_labelled(source, writer, split, classes, numbered)) is not None:
         return _refuse_labels(listing, labels)
     if is_remote(source):
+        if (listing := scan_store_folders(source, writer, split, classes)) is not None:
+            return _refuse_labels(listing, labels)
         raise UsageError(
             f"source {escape(hide_credentials(source))} is an address, but not of parquet "
             "files with images, nor of WebDataset shards (a .tar whose first samples have a .cls "
-            "or .json); fetch it first, and name the local copy"
+            "or .json), nor of a folder that is listed there; fetch it first, and name the local "
+            "copy"
         )
     path = find_split(Path(source), split)
     if not writer.labelled and path.is_dir():
@@ -188,25 +187,8 @@ def find_split(source: Path, split: SplitName) -> Path:
     kaggle = (source / "Data" / "CLS-LOC", source / "ILSVRC" / "Data" / "CLS-LOC")
     source = next(filter(Path.is_dir, kaggle), source)
     inside = list_folder(source)
-    found = {
-        name: [
-            *(entry for entry in inside.files if entry == f"ILSVRC2012_img_{name}.tar"),
-            *(entry for entry in folders if entry in inside.folders),
-        ]
-        for name, folders in _FOLDERS.items()
-    }
-    # A class may well be called "train", but not beside nothing else than a "val" or a "test".
-    others = set(inside.folders) - {*_FOLDERS["train"], *_FOLDERS["val"], "test"}
-    tars = [name for name in inside.files if name.startswith("ILSVRC2012_img_")]
-    if not all(found.values()) and (others or not any(found.values())) and not tars:
-        return source
-    if not found[split]:
-        raise UsageError(
-            f"source {escape(str(source))} has no {split}: it holds "
-            f"{', '.join(map(escape, sorted({*inside.folders, *tars})))}; name the folder or tar "
-            f"of the {split} images"
-        )
-    return source / found[split][0]
+    name = choose_split(inside, split, str(source))
+    return source if name is None else source / name
 
 
 def _scan_labelled(
@@ -341,21 +323,7 @@ def _check_files(
     Raises:
         UsageError: an image, an archive or a hidden folder with images: a class may be behind it.
     """
-    for name in inside.files:
-        if is_image(name):
-            raise UsageError(
-                f"image {escape(f'{source}/{name}')} lies outside a class; "
-                "put it into a folder named as its class"
-            )
-        if name in used or is_list_name(name) or is_document(name):
-            continue
-        if is_archive(name):
-            raise UsageError(
-                f"{escape(f'{source}/{name}')} is an archive that is not looked into, or "
-                "compressed; unpack it to a .tar first if it is a class (images do not get "
-                "smaller), else move it away"
-            )
-        writer.reject(f"{source}/{name}", NO_IMAGE)
+    check_files(str(source), inside.files, used, writer)
     for name in inside.hidden:
         path = source / name
         if path.is_dir() and find_image_below(path):

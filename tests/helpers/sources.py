@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import fsspec
@@ -11,7 +13,7 @@ import pytest
 
 from pipeline.sources import Listing, open_reader
 from tests.helpers import hub_servers
-from tests.helpers.http_servers import QUICK
+from tests.helpers.http_servers import QUICK, Server
 from tests.helpers.hub_servers import serve_hub
 from tests.helpers.range_servers import RangeServer
 
@@ -29,11 +31,32 @@ def read_contents(listing: Listing) -> list[tuple[str, bytes]]:
 
 
 @contextmanager
+def serve_index(folder: Path) -> Iterator[str]:
+    """Yield the address of a web server that shows folders as pages of links."""
+
+    class Index(SimpleHTTPRequestHandler):
+        disable_nagle_algorithm = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with Server(folder) as server:
+        server.RequestHandlerClass = partial(Index, directory=str(folder))
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+
+
+@contextmanager
 def publish_folder(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
-    """Yield the address of a folder in the store `request.param`: memory, http, s3, hf."""
+    """Yield the address of a folder in the store `request.param`: memory, http, index, s3, hf.
+
+    `http` gives files by ranges and lists nothing; `index` has pages of links, and no ranges.
+    """
     if request.param == "http":
         with RangeServer(folder) as server:
             yield server.address
+    elif request.param == "index":
+        with serve_index(folder) as address:
+            yield address
     elif request.param == "hf":
         with serve_hub(request.getfixturevalue("monkeypatch"), main=folder):
             yield f"hf://datasets/{hub_servers.NAME}"
@@ -44,6 +67,6 @@ def publish_folder(folder: Path, request: pytest.FixtureRequest) -> Iterator[str
         system.rm("/published", recursive=True)
     else:
         address = f"{request.getfixturevalue('s3_bucket')}/set"
-        for path in folder.iterdir():
-            fsspec.filesystem("s3").put_file(str(path), f"{address}/{path.name}")
+        for path in filter(Path.is_file, folder.rglob("*")):
+            fsspec.filesystem("s3").put_file(str(path), f"{address}/{path.relative_to(folder)}")
         yield address

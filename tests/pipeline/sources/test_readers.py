@@ -84,7 +84,7 @@ def test_an_image_beyond_the_limit_is_not_read(tmp_path, tar, monkeypatch):
 @pytest.mark.parametrize("address", ["/nowhere/at/all", "memory://nowhere/at/all"])
 def test_what_is_gone_is_an_error_of_the_container(kind, address):
     with pytest.raises(OSError, match=r"No such file|not there"):
-        open_reader(Container(kind, address), QUICK)
+        open_reader(Container(kind, address), QUICK).read("x.jpg", 0, 5)
 
 
 def test_a_folder_that_went_away_is_not_a_bad_image(tmp_path):
