@@ -330,6 +330,9 @@ class DescribeOptions(Options):
     """Folder or address of the data set."""
     out: Path | None = None
     """Page to write; default: NAME-describe.html in the current folder."""
+    card: bool = False
+    """Write README.md (figures, and metadata for the Hugging Face hub) and croissant.json (for
+    programs) into DATA, too; also into a store."""
     seed: int = 0
     """Seed of the random sample of images."""
     cache: str | None = None

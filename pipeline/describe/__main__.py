@@ -1,6 +1,6 @@
 """Show what a data set holds, as a table and on one page.
 
-    python -m pipeline.describe DATA [--out FILE.html] [--json]
+    python -m pipeline.describe DATA [--out FILE.html] [--card] [--json]
 
 The page needs no network, no script and no other file. It shows the images as they are stored,
 each checked against its CRC-32, and the effect of the random color shifts of training.
@@ -14,7 +14,9 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.describe import figures
+from pipeline.describe.card import open_folder, write_card
 from pipeline.describe.facts import (
     ORIGINAL_MEAN,
     Facts,
@@ -40,28 +42,36 @@ ENDS = 12
 """Classes named at each end where there are too many for a list."""
 
 
-def describe_dataset(options: DescribeOptions) -> tuple[Facts, Path]:
-    """Write the page; return its facts and its path.
+def describe_dataset(options: DescribeOptions) -> tuple[Facts, Path, list[str]]:
+    """Write the page, and the card if it is asked for.
+
+    Returns:
+        the facts, the path of the page, and the files of the card.
 
     Raises:
-        UsageError: there is no data set, or the page cannot be written.
+        UsageError: there is no data set, or the page or the card cannot be written.
         DataError: the data set differs from its manifest.
         StoreError: the store does not answer.
     """
     require_range("seed", options.seed, 0, MOST_SEED)
     size = parse_size(options.cache_size)
+    card = open_folder(options.data) if options.card else None
     with closing(open_dataset(options.data, cache=options.cache, cache_size=size)) as dataset:
         page = _choose_page(options, dataset)
         with announce(f"reading {options.data}"):
             facts = gather_facts(options.data, dataset)
             text = render_page(facts, dataset, options.seed)
+        files = []
+        if card is not None:
+            name = find_name(options.data)
+            files = write_card(card, facts, name, dataset.folder / MANIFEST)
     try:
         with atomic_write(page) as file:
             file.write(text.encode(errors="replace"))
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"page {page} cannot be written ({reason}); name another --out") from error
-    return facts, page
+    return facts, page, files
 
 
 def _choose_page(options: DescribeOptions, dataset: Dataset) -> Path:
@@ -126,12 +136,12 @@ def main(argv: list[str] | None = None) -> int:
         DuetError: as `describe_dataset`.
     """
     options = parse_options(DescribeOptions, argv, "python -m pipeline.describe")
-    facts, page = describe_dataset(options)
+    facts, page, card = describe_dataset(options)
     if options.json:
-        sys.stdout.write(json.dumps(to_json(facts, str(page))) + "\n")
+        sys.stdout.write(json.dumps(to_json(facts, str(page)) | {"card": card}) + "\n")
         return 0
     print_tables(facts, Terminal(sys.stdout, width=None if sys.stdout.isatty() else 120))
-    sys.stdout.write(f"{page}\n")
+    sys.stdout.write("".join(f"{path}\n" for path in (*card, page)))
     return 0
 
 
