@@ -49,7 +49,8 @@ class BuildConfig(Options):
     """Folder of the data set; created if need be."""
     train: Annotated[str, tyro.conf.arg(metavar="SRC")] = ""
     """Training images: a folder per class, ILSVRC's or any tars of classes, Kaggle's tree, a
-    folder (or addresses) of parquet files or of WebDataset shards."""
+    folder of parquet files or of WebDataset shards. Folders, parquet files and shards also at an
+    address (s3://, gs://, hf://, https://)."""
     val: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
     """Validation images, in any of these forms; also ILSVRC's flat tar or folder."""
     val_labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None

@@ -138,7 +138,7 @@ def test_a_web_server_takes_no_card(server, tmp_path):
 
 @pytest.mark.parametrize("kind", ["raw", "foreign", "unlabelled", "withdrawn"])
 def test_sets_of_other_kinds_are_valid(kind, tiny_data, raw_data, tmp_path):
-    """What is not known of their samples is not said."""
+    """Samples that are not known are not described."""
     source = raw_data if kind == "raw" else tiny_data
     facts = gather_facts(str(source), LocalDataset(source))
     changes = {
