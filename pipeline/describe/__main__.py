@@ -55,9 +55,9 @@ def describe_dataset(options: DescribeOptions) -> tuple[Facts, Path, list[str]]:
     """
     require_range("seed", options.seed, 0, MOST_SEED)
     size = parse_size(options.cache_size)
-    card = open_folder(options.data) if options.card else None
     with closing(open_dataset(options.data, cache=options.cache, cache_size=size)) as dataset:
         page = _choose_page(options, dataset)
+        card = open_folder(options.data) if options.card else None
         with announce(f"reading {options.data}"):
             facts = gather_facts(options.data, dataset)
             text = render_page(facts, dataset, options.seed)

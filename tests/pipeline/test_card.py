@@ -108,6 +108,12 @@ def test_a_page_of_the_users_own_is_kept(data, tmp_path):
     assert not (data / CROISSANT).exists()
 
 
+def test_where_no_set_is_nothing_is_made(tmp_path):
+    with pytest.raises(UsageError, match="is not a folder; build it"):
+        describe(tmp_path / "none", tmp_path / "page.html")
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_write_that_fails_leaves_the_card_of_before(data, tmp_path, monkeypatch):
     describe(data, tmp_path / "page.html")
     before = (data / README).read_bytes()
