@@ -1,5 +1,6 @@
 """The on-disk format of a data set.
 
+aggregates    pixel sums and hashes, kept for the next version
 check         checks of manifest, side files and shards
 image_stats   mean and color covariance of the training images
 images        a stored image, and its strict decoder

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from isal import isal_zlib
 
+from pipeline.dataset.aggregates import NAME as AGGREGATES
+from pipeline.dataset.aggregates import is_sound
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import ENDINGS, Size, Undecodable, decode_image, encode_npy
@@ -50,7 +52,7 @@ from pipeline.dataset.samples import (
 )
 from pipeline.dataset.shards import format_idx, parse_idx, shard_number
 from pipeline.dataset.tar import Member, TarFault, escape, read_members
-from pipeline.dataset.versions import AGGREGATES, WITHDRAWN, SealedVersion
+from pipeline.dataset.versions import WITHDRAWN, SealedVersion
 from pipeline.tools.errors import DamagedFile, refuse_forbidden
 from pipeline.tools.files import HashedFile, sha256
 from pipeline.tools.jsonl import parse_rows
@@ -146,7 +148,20 @@ def check_lists(data: Path, manifest: Manifest) -> list[DamageRow]:
         *_check_list(folder / REJECTS, manifest, "rejected", {"name", "reason"}),
         *_check_list(folder / DUPLICATES, manifest, "duplicates", set()),
         *chain.from_iterable(found),
+        *_check_aggregates(folder / AGGREGATES, manifest),
     ]
+
+
+def _check_aggregates(path: Path, manifest: Manifest) -> list[DamageRow]:
+    """Check the aggregates of a first version, whose manifest does not have their SHA-256."""
+    if manifest.aggregates_sha256 is not None or not path.is_file():
+        return []
+    try:
+        if is_sound(path.read_bytes()):
+            return []
+    except OSError as error:
+        return [make_damage_row(path.name, _describe(error))]
+    return [make_damage_row(path.name, "it is not the file that was written")]
 
 
 def _check_list(path: Path, manifest: Manifest, field: str, columns: set[str]) -> list[DamageRow]:

@@ -29,8 +29,6 @@ from pipeline.tools.jsonl import parse_rows
 
 WITHDRAWN = "withdrawn.jsonl"
 """List of a version's folder: a line for each shard with samples that were withdrawn."""
-AGGREGATES = "aggregates.npz"
-"""Pixel sums and perceptual hashes of a version, from which the next one is made."""
 LATEST = "latest"
 """Word for the newest version, where a flag names one."""
 LEAST_DIGITS = 8

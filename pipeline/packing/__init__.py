@@ -10,7 +10,7 @@ hamming      groups of hashes within a Hamming distance
 additions    a version with more images
 withdrawal   a version without some samples; purged shards
 revision     tables, lists and manifest of the next version
-aggregates   pixel sums and hashes of a set, kept for its next version
+measure      pixel sums and hashes of stored images
 known        images that a set has already
 shards       stage two: encoded images in shuffled order -> shards, side files, manifest
 """

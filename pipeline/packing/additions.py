@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.dataset.aggregates import Aggregates
 from pipeline.dataset.images import SIZE
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.members import list_fields
@@ -25,7 +26,6 @@ from pipeline.dataset.samples import UnknownClasses
 from pipeline.dataset.shards import shard_number
 from pipeline.options import BuildConfig
 from pipeline.packing import chunks
-from pipeline.packing.aggregates import Aggregates, measure, subtract
 from pipeline.packing.build import (
     STATE,
     describe_state,
@@ -38,6 +38,7 @@ from pipeline.packing.build import (
 )
 from pipeline.packing.chunks import ChunkError, chunk_facts_name
 from pipeline.packing.known import KnownImages, content_keys, save_known
+from pipeline.packing.measure import measure, subtract
 from pipeline.packing.plan import BuildPlan, compute_fingerprint
 from pipeline.packing.revision import Ids, NewSamples, Parent, SplitEdit, VersionFacts, seal_version
 from pipeline.packing.shards import FOLDER as SHARDS

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.dataset.aggregates import HASH_BYTES, Aggregates
+from pipeline.dataset.aggregates import NAME as AGGREGATES
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import Index, index_dtype, index_name, load_index, save_index
 from pipeline.dataset.manifest import DUPLICATES, REJECTS, Manifest, Shard, Split, version_folder
@@ -37,7 +39,6 @@ from pipeline.dataset.members import (
 )
 from pipeline.dataset.shards import shard_number
 from pipeline.dataset.versions import (
-    AGGREGATES,
     WITHDRAWN,
     SealedVersion,
     Withdrawn,
@@ -45,7 +46,6 @@ from pipeline.dataset.versions import (
     list_versions,
     load_withdrawn,
 )
-from pipeline.packing.aggregates import HASH_BYTES, Aggregates, measure
 from pipeline.packing.duplicates import (
     DuplicateCounts,
     DuplicateMember,
@@ -53,6 +53,7 @@ from pipeline.packing.duplicates import (
     write_duplicates,
 )
 from pipeline.packing.hamming import Hashes
+from pipeline.packing.measure import measure
 from pipeline.packing.shards import copy_file
 from pipeline.remote.target import FolderTarget, Target
 from pipeline.tools.errors import REBUILD, DataError

@@ -23,6 +23,8 @@ import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
 
+from pipeline.dataset.aggregates import NAME as AGGREGATES
+from pipeline.dataset.aggregates import Aggregates
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.image_stats import Statistics, Sums
 from pipeline.dataset.images import Encoding
@@ -38,9 +40,7 @@ from pipeline.dataset.members import (
     write_npy_header,
 )
 from pipeline.dataset.shards import SampleContent, shard_name, to_shard, write_tar
-from pipeline.dataset.versions import AGGREGATES
 from pipeline.options import BuildConfig
-from pipeline.packing.aggregates import Aggregates
 from pipeline.packing.chunks import (
     HASH_BYTES,
     ChunkError,

@@ -18,11 +18,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from pipeline.dataset.aggregates import Aggregates
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import group_samples
 from pipeline.dataset.tar import escape, read_members
 from pipeline.dataset.versions import Withdrawn, WithdrawnSample
-from pipeline.packing.aggregates import Aggregates, measure, subtract
+from pipeline.packing.measure import measure, subtract
 from pipeline.packing.revision import Ids, Parent, SplitEdit, VersionFacts, seal_version
 from pipeline.remote.target import FolderTarget, StoreTarget, Target
 from pipeline.tools.errors import UsageError

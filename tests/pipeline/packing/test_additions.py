@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from pipeline.batches import Stream
+from pipeline.dataset.aggregates import NAME as AGGREGATES
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import load_index
 from pipeline.dataset.manifest import NAME, Manifest, identity, tables_folder
 from pipeline.dataset.members import TextTable
-from pipeline.dataset.versions import AGGREGATES
 from pipeline.options import BuildConfig
 from pipeline.packing import plan
 from pipeline.packing.additions import add_version

@@ -1,81 +1,33 @@
-"""Pixel sums and perceptual hashes of a data set, kept so that its next version needs no old image.
+"""Measures stored images: pixel sums and perceptual hashes, as when they were packed.
 
-`aggregates.npz` lies beside the index of the version that it belongs to, whose SHA-256 it names. A
-set from before it, or of another tool, is measured once, when its next version is made.
+That is needed where a version does not keep them (`pipeline.dataset.aggregates`), and for images
+that a version loses.
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from isal import isal_zlib
 
+from pipeline.dataset.aggregates import HASH_BYTES
 from pipeline.dataset.image_stats import Sums
 from pipeline.dataset.images import SIZE, Undecodable, decode_image
 from pipeline.dataset.index import Index
 from pipeline.dataset.manifest import Manifest
 from pipeline.packing.duplicates import perceptual_hash
-from pipeline.packing.hamming import BITS, Hashes
+from pipeline.packing.hamming import Hashes
 from pipeline.packing.resize import resample
 from pipeline.remote.target import ByteRange, Target
 from pipeline.tools.errors import DataError
 from pipeline.tools.processes import Pool
 from pipeline.tools.progress import Progress
 
-HASH_BYTES = BITS // 8
 BATCH = 256
 """Stored images that are measured in one job."""
-
-
-@dataclass(frozen=True)
-class Aggregates:
-    """Content of `aggregates.npz`."""
-
-    sums: Sums
-    """Sums over the training images as they were before they were encoded."""
-    hashes: Mapping[str, Hashes]
-    """uint8 [N, 32] of each split: perceptual hash of each image, in the order of ids."""
-
-    def write(self, file: IO[bytes], indices: Mapping[str, str]) -> None:
-        """Write the file; the same numbers give the same bytes.
-
-        Args:
-            file: open for writing.
-            indices: SHA-256 of the index of each split.
-        """
-        arrays: dict[str, Any] = {f"hashes-{name}": one for name, one in self.hashes.items()}
-        arrays |= {f"index-{name}": np.array(one) for name, one in indices.items()}
-        np.savez(
-            file,
-            images=np.uint64(self.sums.images),
-            image_sum=self.sums.image_sum,
-            outer=self.sums.outer,
-            **arrays,
-        )
-
-    @classmethod
-    def parse(cls, content: bytes, manifest: Manifest) -> Aggregates | None:
-        """Return the aggregates of this version; None if these are damaged, or of another."""
-        try:
-            with np.load(io.BytesIO(content)) as arrays:
-                sums = Sums(manifest.mean_side)
-                if arrays["image_sum"].shape != sums.image_sum.shape:
-                    return None
-                sums.images = int(arrays["images"])
-                sums.image_sum, sums.outer = arrays["image_sum"], arrays["outer"]
-                hashes = {name: arrays[f"hashes-{name}"] for name in manifest.splits}
-                for name, split in manifest.splits.items():
-                    if str(arrays[f"index-{name}"]) != split.index_sha256:
-                        return None
-                    if hashes[name].shape != (split.samples, HASH_BYTES):
-                        return None
-        except Exception:  # NumPy's reader raises anything on a damaged file
-            return None
-        return cls(sums, hashes)
 
 
 def subtract(sums: Sums, removed: Sums) -> Sums:
