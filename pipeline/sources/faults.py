@@ -75,8 +75,9 @@ class Faults:
 
     def describe(self, lost: list[int]) -> Iterator[str]:
         """Yield a sentence for each of the first faults, and one for all others."""
-        for (error, *_), images in zip(self._faults[:FAULTS_SHOWN], lost, strict=False):
-            place = f" from {error.offset:,} on" if error.offset else ""
+        for (error, *_, known), images in zip(self._faults[:FAULTS_SHOWN], lost, strict=False):
+            unit = "row" if known else "byte"
+            place = f" from {unit} {error.offset:,} on" if error.offset else ""
             yield (
                 f"{escape(hide_credentials(error.source))} is damaged and skipped{place} "
                 f"({error.reason}), about {images:,} {'image' if images == 1 else 'images'}"

@@ -23,6 +23,7 @@ from pipeline.sources.names import SPARSE
 from pipeline.tools.errors import UsageError
 from tests.helpers.parquets import IMAGES, LABELS
 from tests.helpers.parquets import write as write_parquet
+from tests.helpers.range_servers import RangeServer
 from tests.helpers.tars import tar_of
 from tests.helpers.webdatasets import write_shards
 
@@ -146,6 +147,21 @@ def test_shards_that_are_cut_damaged_or_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", refuse)
     listing = check_one_fault(source, tmp_path / "3", 6, "cannot be opened: Permission denied")
     assert len(listing) == 12
+
+
+def test_a_cut_shard_of_a_store(tmp_path):
+    source = write_shards(tmp_path / "s", cls=lambda place: place % 4)
+    second = source / "train-000001.tar"
+    whole = second.read_bytes()
+    second.write_bytes(whole[: whole.index(b"00012.jpg") + 1000])
+    with RangeServer(source) as server:
+        address = f"{server.address}/train-{{000000..000002}}.tar"
+        listing = scan(address, tmp_path / "scratch", split="train")
+        assert len(listing) == 16
+        (fault,) = faults(listing)
+        assert fault.source == f"{server.address}/train-000001.tar"
+        with pytest.raises(UsageError, match=r"000001\.tar cannot be read \(00012\.jpg goes on"):
+            scan(address, tmp_path / "strict", split="train", strict=True)
 
 
 class BadDisk(io.FileIO):
