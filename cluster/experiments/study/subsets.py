@@ -1,8 +1,8 @@
 """Parts of a data set as data sets of their own: some of the classes, some images of each.
 
 A `Stream` reads whole data sets. So a part is packed like any other source: its images go into a
-tar of CLASS/KEY members, and `pipeline.build_shards` makes a data set of it. The images are 256x256
-already and are only encoded again (or stored raw).
+tar of CLASS/KEY members, and `pipeline.build_shards` makes a data set of it. The images have
+their size already and are only encoded again (or stored raw).
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image
 
 from cluster.experiments.study.config import DataSubset
-from pipeline.dataset.manifest import NAME, identity
+from pipeline.dataset.images import SIZE
+from pipeline.dataset.manifest import NAME, Manifest, identity
 from pipeline.options import BuildConfig
 from pipeline.packing.build import build
 from pipeline.remote.dataset import fetch_metadata, open_dataset
@@ -46,7 +47,8 @@ def make_subset(data: str, subset: DataSubset, out: Path) -> Path:
         UsageError: there are no such images, or OUT is another part, or one of other data.
         DataError: an image of `data` is damaged.
     """
-    _check_origin(out, {"data_sha256": identity(fetch_metadata(data)), **asdict(subset)})
+    folder = fetch_metadata(data)
+    _check_origin(out, {"data_sha256": identity(folder), **asdict(subset)})
     if (out / NAME).is_file():
         return out
     source = out.with_name(f"{out.name}.source")
@@ -57,7 +59,13 @@ def make_subset(data: str, subset: DataSubset, out: Path) -> Path:
             if not tars[split].is_file():
                 write_tar(dataset, split, subset.classes, most, tars[split])
     train, val = str(tars["train"]), str(tars["val"])
-    build(BuildConfig(out=str(out), train=train, val=val, encoding=subset.encoding))
+    whole = Manifest.load(folder)
+    size = SIZE if whole.image_size is None else whole.image_size
+    build(
+        BuildConfig(
+            out=str(out), train=train, val=val, encoding=subset.encoding, size=size, fit=whole.fit
+        )
+    )
     shutil.rmtree(source)
     return out
 

@@ -12,7 +12,7 @@ from cluster.experiments.study.config import DataSubset
 from cluster.experiments.study.subsets import make_subset
 from pipeline.dataset.manifest import Manifest
 from pipeline.tools.errors import DataError, UsageError
-from tests.helpers.images import flip_bit, rows_of
+from tests.helpers.images import flip_bit, packed, rows_of
 
 
 def stored(data, split):
@@ -72,6 +72,16 @@ def test_raw_parts_hold_pixels_and_can_be_cut_again(tiny_data, tmp_path):
     originals, taken = (set(raw(data)) for data in (first, again))
     assert (len(originals), len(taken)) == (12, 8)
     assert taken < originals
+
+
+def test_a_part_has_the_size_of_the_set_that_it_is_of(image_folder, tmp_path):
+    folders = {split: image_folder / split for split in ("train", "val")}
+    small = tmp_path / "small"
+    packed(small, **folders, size=32, encoding="raw")
+    subset = DataSubset(classes=(0.0, 1.0), per_class=2, val_per_class=2, encoding="raw")
+    part = make_subset(str(small), subset, tmp_path / "part")
+    assert Manifest.load(part).image_size == 32
+    assert set(raw(part)) <= set(raw(small))  # the very pixels
 
 
 def test_what_is_there_is_not_made_again(part, tiny_data):
