@@ -30,6 +30,7 @@ from pipeline.tools.processes import LocalPool
 from pipeline.verify import verify
 from tests.helpers.build_targets import Here, complaint, memory_address  # noqa: F401
 from tests.helpers.images import folder_per_class, jpeg, packed
+from tests.helpers.tars import tar_of
 
 SMALL = {"size": 64, "samples_per_shard": 5}
 
@@ -200,6 +201,20 @@ def test_rejects_are_tried_again(sources, tmp_path):
     assert names(tmp_path / "data")[-1] == "cat/000.jpg"
     assert verify(tmp_path / "data", version=2) == []
     assert add(tmp_path / "data", retry_rejects=True).number == 2  # nothing can be read by now
+
+
+def test_the_rest_of_a_source_that_was_damaged_is_packed_when_it_is_mended(tmp_path):
+    source = tmp_path / "source"
+    for label, name in enumerate("ab"):
+        tar_of(source / f"{name}.tar", {f"{n}.jpg": jpeg(100 * label + n) for n in range(6)})
+    whole = (source / "b.tar").read_bytes()
+    (source / "b.tar").write_bytes(whole[: whole.index(b"2.jpg") + 1000])
+    packed(tmp_path / "data", train=source, max_rejects=0.5, **SMALL)
+    (source / "b.tar").write_bytes(whole)
+    manifest = add(tmp_path / "data", retry_rejects=True)
+    assert manifest.change == {"added": 4, "replaced": 0, "skipped": 2, "retried": 6}
+    assert (manifest.splits["train"].samples, manifest.rejected) == (12, 0)
+    assert verify(tmp_path / "data") == []
 
 
 def test_images_go_to_the_split_that_is_named(data, sources):

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from pipeline import withdraw as command
+from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import load_index
-from pipeline.dataset.manifest import NAME, Manifest
+from pipeline.dataset.manifest import NAME, Manifest, identity
 from pipeline.dataset.versions import load_withdrawn
+from pipeline.describe import __main__ as describe
 from pipeline.options import WithdrawOptions
 from pipeline.remote.target import FolderTarget, StoreTarget
 from pipeline.tools.errors import DataError, UsageError
@@ -241,6 +243,34 @@ def test_samples_are_withdrawn_and_purged_at_an_address(memory, first, tmp_path)
     assert withdraw(data, "dog/003.jpg", file=tmp_path / "keys", purge=True) == manifest
     for name in manifest.purged:
         assert target.read(name) == (data / name).read_bytes()
+
+
+def test_no_stream_delivers_what_was_withdrawn(data, tmp_path):
+    """A stream of the version before draws other samples in their place, also after a purge."""
+    gone = names(data).index("dog/003.jpg")
+    settings = {"batch_size": 20, "crop": "whole", "size": 64, "mean": "channel", "version": 1}
+    with Stream(data, **settings) as stream:
+        assert gone in next(stream).ids.tolist()
+    withdraw(data, "dog/003.jpg", file=tmp_path / "keys", purge=True)
+    with Stream(data, **settings) as stream:
+        batch = next(stream)
+        assert gone not in batch.ids.tolist()
+        assert len(batch.ids) == 20
+    with Stream(data, **settings | {"version": 2}) as stream:
+        assert stream.samples == 19
+
+
+def test_describe_shows_the_history(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    withdraw(data, class_name="cat", purge=True)
+    assert describe.main([str(data)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("version ")]
+    identities = [identity(data)[:16], identity(data / "versions/000001")[:16]]
+    assert [line.split()[2] for line in lines] == identities
+    assert lines[0].endswith("7 withdrawn, 7 purged")
+    assert describe.main([str(data), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [one["number"] for one in facts["versions"]] == [2, 1]
 
 
 def test_the_command_reports_the_new_version(data, tmp_path, capsys):
