@@ -60,6 +60,7 @@ def build_facts(options: BuildConfig, manifest: Manifest, seconds: float | None)
         "duplicates": manifest.duplicates,
         "leaks": manifest.leaks,
         "seconds": round(seconds or 0, 3),
+        **({"version": manifest.number, "change": manifest.change} if manifest.parent else {}),
     }
 
 

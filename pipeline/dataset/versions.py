@@ -168,11 +168,13 @@ def read_local(root: Path) -> Read:
 
 
 def version_place(root: Path, found: SealedVersion) -> Path:
-    """Return the folder that is opened for a version of a local data set: its manifest is there."""
-    newest = root / NAME
-    if hashlib.sha256(newest.read_bytes()).hexdigest() == found.identity:
-        return root
-    return root / version_folder(found.number)
+    """Return the folder that is opened for a version of a local data set: its manifest is there.
+
+    It is that of the version, whose manifest stays when a later version is made; DATA itself while
+    there is only a first one.
+    """
+    folder = root / version_folder(found.number)
+    return folder if (folder / NAME).is_file() else root
 
 
 def load_withdrawn(folder: Path, newest: Manifest) -> Withdrawn:

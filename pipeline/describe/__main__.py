@@ -20,6 +20,7 @@ from pipeline.describe.card import open_folder, write_card
 from pipeline.describe.facts import (
     ORIGINAL_MEAN,
     Facts,
+    describe_change,
     describe_duplicates,
     describe_encoding,
     gather_facts,
@@ -78,7 +79,7 @@ def _choose_page(options: DescribeOptions, dataset: Dataset) -> Path:
     """Return the path of the page, which is never in the sealed data set."""
     page = options.out or Path(f"{find_name(options.data)}-describe.html")
     folder = page.resolve().parent
-    if folder == dataset.folder.resolve():
+    if folder in (dataset.folder.resolve(), dataset.root.resolve()):
         raise UsageError(f"page {page} would lie in the sealed data set; name another --out")
     if page.is_dir() or not folder.is_dir():
         raise UsageError(f"page {page} has no folder to lie in, or is one; name a file by --out")
@@ -100,6 +101,7 @@ def render_page(facts: Facts, dataset: Dataset, seed: int) -> str:
         groups = figures.load_groups(facts, samples)
     environment = page_templates(Path(__file__).parent)
     environment.filters["minus"] = lambda text: text.replace("-", "−")  # as wide as a plus sign
+    environment.filters["change"] = describe_change
     is_alone = len(facts.splits) == 1
     return environment.get_template("page.html.j2").render(
         title=find_name(facts.data),

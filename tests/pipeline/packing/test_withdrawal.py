@@ -261,13 +261,15 @@ def test_no_stream_delivers_what_was_withdrawn(data, tmp_path):
 
 
 def test_describe_shows_the_history(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     withdraw(data, class_name="cat", purge=True)
     assert describe.main([str(data)]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("version ")]
     identities = [identity(data)[:16], identity(data / "versions/000001")[:16]]
     assert [line.split()[2] for line in lines] == identities
     assert lines[0].endswith("7 withdrawn, 7 purged")
+    assert "7 withdrawn, 7 purged" in Path("data-describe.html").read_text()
     assert describe.main([str(data), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [one["number"] for one in facts["versions"]] == [2, 1]
