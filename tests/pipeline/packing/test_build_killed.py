@@ -115,7 +115,7 @@ def test_what_is_done_is_not_done_again(source, undisturbed, tmp_path):
 def test_damage_to_what_was_done_is_mended(source, undisturbed, tmp_path, damage):
     out = tmp_path / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.packing.build._write_shards", _interrupted)
+        patch.setattr("pipeline.packing.build.write_shards", _interrupted)
         with pytest.raises(Cut):
             packed(out, train=source, **SETTINGS)
     path = out / chunk_data_name(5)
@@ -143,7 +143,7 @@ def test_who_stops_a_build_is_told_how_it_goes_on(source, undisturbed, tmp_path,
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for stage in ("_pack_chunks", "_write_shards", "seal"):
+    for stage in ("pack_chunks", "write_shards", "seal"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(f"pipeline.packing.build.{stage}", stop)
             with pytest.raises(KeyboardInterrupt):
@@ -180,7 +180,7 @@ def test_a_folder_deleted_under_a_build_leaves_nothing_to_the_next(source, tmp_p
     (out / FOLDER).mkdir(parents=True)
     packed(tmp_path / "other", train=source, quality=20, **SETTINGS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.packing.build._write_shards", _interrupted)
+        patch.setattr("pipeline.packing.build.write_shards", _interrupted)
         with pytest.raises(Cut):
             packed(tmp_path / "half", train=source, quality=20, **SETTINGS)
     shutil.rmtree(out)
@@ -194,7 +194,7 @@ def test_a_folder_deleted_under_a_build_leaves_nothing_to_the_next(source, tmp_p
 def test_an_unfinished_set_of_other_settings_is_refused(source, tmp_path):
     out = tmp_path / "data"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.packing.build._write_shards", _interrupted)
+        patch.setattr("pipeline.packing.build.write_shards", _interrupted)
         with pytest.raises(Cut):
             packed(out, train=source, **SETTINGS)
     with pytest.raises(UsageError, match="unfinished data set of seed 3, and this one is of 4"):
