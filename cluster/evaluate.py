@@ -38,7 +38,9 @@ from model.alexnet import AlexNet
 from model.metrics import average_views, sum_metrics
 from pipeline.batches import Stream
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import locate_dataset
+from pipeline.dataset.record import read_segments
+from pipeline.dataset.segments import Segments
+from pipeline.remote.dataset import choose_versions, locate_dataset
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
@@ -91,12 +93,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     found = choose_checkpoint(
         options.run, config.store, print_warning, options.checkpoint, options.best
     )
-    data, folder = locate_dataset(options.run, options.data, **config.cached)
+    data, folder = locate_dataset(
+        options.run, options.data, version=options.data_version, **config.cached
+    )
     options = replace(options, data=data)
     manifest = Manifest.load(folder)
     samples = manifest.split(options.split, folder).samples
     data_sha256 = identity(folder)
-    if data_sha256 != trained_on:
+    if data_sha256 not in (trained_on, *(one.version for one in read_segments(options.run))):
         text = f"{options.data} is not the data set of the training; its own mean is subtracted"
         print_warning(Warned(text))
     if fit_images(config, manifest.side, options.data).design != config.design:
@@ -110,7 +114,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     prepare_device(device, cpu_count())
     net = AlexNet(classes=_count_classes(found, manifest, options), design=config.design).to(device)
     load_checkpoint(found.path, net)
-    stream = _open_stream(options, config, device)
+    stream = _open_stream(options, config, device, choose_versions(options.run, folder))
     about = ProbabilityInfo(
         views=options.views,
         split=options.split,
@@ -140,11 +144,14 @@ def _name_choice(options: EvaluateOptions) -> str:
     return "best" if options.best else "newest" if options.checkpoint is None else "named"
 
 
-def _open_stream(options: EvaluateOptions, config: Config, device: torch.device) -> Stream:
+def _open_stream(
+    options: EvaluateOptions, config: Config, device: torch.device, version: str | Segments
+) -> Stream:
     crop: Literal["center", "whole"] = "center" if options.views == 1 else "whole"
     return Stream(
         options.data,
         split=options.split,
+        version=version,
         batch_size=BATCH,
         device="gpu" if device.type == "cuda" else "cpu",
         crop=crop,

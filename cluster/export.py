@@ -36,7 +36,8 @@ from model.architecture import Design
 from model.norm import BatchNorm
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import locate_dataset
+from pipeline.dataset.record import read_segments
+from pipeline.remote.dataset import fetch_metadata, locate_dataset
 from pipeline.stream.normalization import crop_mean_image
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError
@@ -112,6 +113,8 @@ def read_mean(
     if config.mean == "channel" and known:
         return torch.tensor(known, dtype=torch.float32)[:, None, None]
     data, folder = locate_dataset(options.run, options.data, **config.cached)
+    if read_segments(options.run):  # the mean is that of the version that the run began with
+        folder = fetch_metadata(data, version=trained_on, **config.cached)
     if identity(folder) != trained_on:
         raise UsageError(f"{data} is not the data set of the training; name that one by --data")
     manifest = Manifest.load(folder)

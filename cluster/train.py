@@ -12,14 +12,14 @@ import io
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
-from cluster.checkpoint.format import choose_checkpoint
+from cluster.checkpoint.format import choose_checkpoint, read_newest_table
 from cluster.checkpoint.loader import identify_run, resolve_init
 from cluster.checkpoint.storage import claim_store, find_last_step, open_storage
 from cluster.cli.options import TrainOptions
@@ -41,6 +41,14 @@ from model.architecture import Design, build_stages
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.dataset.record import ADDRESS_KEY
+from pipeline.dataset.segments import (
+    Segment,
+    Segments,
+    append_version,
+    count_epochs,
+    parse_segments,
+)
+from pipeline.dataset.versions import LATEST
 from pipeline.remote.dataset import format_address, locate_dataset, open_dataset
 from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.remote.local import Dataset
@@ -48,7 +56,7 @@ from pipeline.stream.mixture import fit_config
 from pipeline.stream.operators import require_dali
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.arguments import format_command, parse_options
-from pipeline.tools.errors import DataError, Interrupted, UsageError, run
+from pipeline.tools.errors import DataError, DuetError, Interrupted, UsageError, run
 from pipeline.tools.text import clean, hide_credentials
 
 Trainer = Callable[[Config, str, Path, RunConsole], None]
@@ -131,15 +139,14 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     command = replace(command, settings=resolve_paths(command.settings))
     config, folder = command.settings, command.run.resolve()
     command = replace(command, data=command.data or find_data(command))
-    dataset = open_dataset(command.data, **config.cached)
+    dataset, segments = choose_segments(command)
     manifest = Manifest.load(dataset.folder)
-    manifest.split("train", dataset.folder)
     config = fit_images(config, manifest.side, command.data)
     command = replace(command, settings=config)
     with closing(dataset):
         check_data(command, manifest, dataset)
     if not is_remote(command.data):
-        command = replace(command, data=str(dataset.folder.resolve()))
+        command = replace(command, data=str(dataset.root.resolve()))
     with lock_run(folder), RunConsole() as screen:
         if command.measure:
             from cluster.launch.measurement import measure_with_ray
@@ -147,8 +154,7 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
             with start_ray(config, screen) as read_output:
                 measure_with_ray(config, command.data, folder, screen, read_output)
         else:
-            data_sha256 = identity(dataset.folder)
-            train_run(command, data_sha256, manifest, screen, trainer or train_with_ray)
+            train_run(command, segments, manifest, screen, trainer or train_with_ray)
     return 0
 
 
@@ -179,6 +185,77 @@ def find_data(command: TrainOptions) -> str:
         return locate_dataset(command.run, record=Path(scratch), **config.cached)[0]
 
 
+def choose_segments(command: TrainOptions) -> tuple[Dataset, Segments]:
+    """Open the version of the data set that the run goes on with, and return all that it reads.
+
+    A new run begins with the newest version, or the one that is named; one with a checkpoint keeps
+    its own, and with `latest` goes on with a newer one at the next border of an epoch.
+
+    Raises:
+        UsageError: no data set, no such version, or a newer one of other classes or images.
+        StoreError: a store does not answer.
+    """
+    wanted = command.settings.version
+    table = _read_checkpoint(command)
+    if table is None:
+        return _open_version(command, wanted, ())
+    first = str(table.get("data_sha256", ""))
+    segments = parse_segments(rows) if (rows := table.get("segments")) else ()
+    own = segments[-1].version if segments else first
+    try:
+        dataset, whole = _open_version(command, own or None, ())
+    except UsageError:  # another data set: the settings of the run are compared below
+        return _open_version(command, wanted, ())
+    segments = segments or whole
+    if wanted is None:
+        return dataset, segments
+    newer, there = _open_version(command, wanted, ())
+    (version, samples, *_), old = there[0], Manifest.load(dataset.folder)
+    if wanted != LATEST and version != own:
+        number = Manifest.load(newer.folder).number
+        raise UsageError(
+            f"{command.run} reads version {old.number} of {command.data}, not {number}; give "
+            "--data-version latest to go on with the newest, or another --run"
+        )
+    if version == segments[-1].version:
+        return dataset, segments
+    _refuse_unlike(command, old, Manifest.load(newer.folder))
+    dataset.close()
+    return newer, append_version(segments, int(table["position"]), version, samples)
+
+
+def _read_checkpoint(command: TrainOptions) -> dict[str, Any] | None:
+    """Return the table of the newest checkpoint of a run; None if there is none that is known."""
+    with suppress(OSError, DuetError):  # whoever resumes from it says more
+        return read_newest_table(open_storage(command.run.resolve(), command.settings.store))
+    return None
+
+
+def _open_version(
+    command: TrainOptions, version: int | str | None, before: Segments
+) -> tuple[Dataset, Segments]:
+    dataset = open_dataset(command.data, version=version, **command.settings.cached)
+    samples = Manifest.load(dataset.folder).split("train", dataset.folder).samples
+    return dataset, before or (Segment(identity(dataset.folder), samples),)
+
+
+def _refuse_unlike(command: TrainOptions, old: Manifest, new: Manifest) -> None:
+    """Refuse a newer version that the network of the run cannot go on with.
+
+    Raises:
+        UsageError: its classes, or the size of its images, are others.
+    """
+    for what, mine, others in (
+        ("classes", old.classes, new.classes), ("images", old.side, new.side)
+    ):  # fmt: skip
+        if mine != others:
+            raise UsageError(
+                f"version {new.number} of {command.data} has other {what} than version "
+                f"{old.number}, which {command.run} reads; leave --data-version latest out, or "
+                "begin another --run"
+            )
+
+
 def resolve_paths(config: Config) -> Config:
     """Return the config with absolute paths: other processes read RUN/config.toml, too."""
     cache, store = config.cache, config.store
@@ -194,7 +271,7 @@ def resolve_paths(config: Config) -> Config:
 
 def train_run(
     command: TrainOptions,
-    data_sha256: str,
+    segments: Segments,
     manifest: Manifest,
     screen: RunConsole,
     trainer: Trainer,
@@ -203,8 +280,8 @@ def train_run(
 
     Args:
         command: checked command, with absolute paths in the settings and of the data set.
-        data_sha256: identity of the data set.
-        manifest: manifest of the data set.
+        segments: versions of the data set that the run reads.
+        manifest: manifest of the last of them.
         screen: prints lines and events.
         trainer: trains.
 
@@ -213,10 +290,9 @@ def train_run(
         Interrupted: the user ended it.
     """
     config, folder = command.settings, command.run.resolve()
-    samples = manifest.splits["train"].samples
-    name, _ = identify_run(folder, config, data_sha256, samples)
+    name, _ = identify_run(folder, config, segments[0].version, segments)
     with claim_store(folder, config.store, name, screen.say):
-        ready = prepare_run(command, data_sha256, manifest, screen, name)
+        ready = prepare_run(command, segments, manifest, screen, name)
         if ready is None:
             return
         try:
@@ -235,12 +311,12 @@ def train_run(
 
 
 def prepare_run(
-    command: TrainOptions, data_sha256: str, manifest: Manifest, screen: RunConsole, name: str
+    command: TrainOptions, segments: Segments, manifest: Manifest, screen: RunConsole, name: str
 ) -> Config | None:
     """Bring RUN to the state of its store, and write its settings.
 
     Args:
-        command, data_sha256, manifest, screen: arguments of `train_run`.
+        command, segments, manifest, screen: arguments of `train_run`.
         name: name of the run, for which its store is claimed.
 
     Returns:
@@ -250,13 +326,12 @@ def prepare_run(
         DuetError: the run in RUN has other settings.
     """
     config, folder = command.settings, command.run.resolve()
-    samples = manifest.splits["train"].samples
-    step, total = find_last_step(folder, config.store), config.total_steps(samples)
+    step, total = find_last_step(folder, config.store), config.total_steps(segments)
     mirror = open_mirror(folder, config.store)
     # Without a checkpoint the rows in the store may be another run's.
     if mirror and (step or not read_run_id(folder)) and (fetched := mirror.restore()):
         screen.say(f"fetched from {hide_credentials(config.store)}: {', '.join(fetched)}")
-    name, config = identify_run(folder, config, data_sha256, samples, name)
+    name, config = identify_run(folder, config, segments[0].version, segments, name)
     if config.init and not step:
         config, said = resolve_init(config, len(manifest.classes), screen.show)
         screen.say(said)
@@ -266,11 +341,11 @@ def prepare_run(
         "command": format_command("python -m cluster.train", command.words),
         "commit": find_commit(),
     }
-    write_run_config(folder, config, data_sha256, samples, step, name, origin)
+    write_run_config(folder, config, segments[0].version, segments, step, name, origin)
     if step >= total and has_sound_checkpoint(folder, config.store, total, screen):
         screen.say(f"{command.run} is finished: step {step} of {total}; nothing to do")
         return None
-    screen.say(summarize(command, manifest, total))
+    screen.say(summarize(command, manifest, segments, total))
     return config
 
 
@@ -314,15 +389,18 @@ def has_sound_checkpoint(folder: Path, store: str, total: int, screen: RunConsol
         return False  # the workers report it
 
 
-def summarize(command: TrainOptions, manifest: Manifest, total: int) -> str:
+def summarize(command: TrainOptions, manifest: Manifest, segments: Segments, total: int) -> str:
     """Describe the run in two lines."""
-    config = command.settings
-    images = manifest.splits["train"].samples
+    config, images = command.settings, segments[-1].samples
+    epochs = float(count_epochs(segments, total * config.batch_size))
+    about = ""
+    if len(segments) > 1:
+        about = f" of version {manifest.number} from epoch {segments[-1].epoch} on"
     return (
         f"{command.config} -> {command.run}\n"
-        f"{images:,} images, {len(manifest.classes)} classes; width {config.design.width:g}, "
-        f"batch {config.batch_size}, "
-        f"{total:,} steps = {total * config.batch_size / images:.1f} epochs"
+        f"{images:,} images{about}, {len(manifest.classes)} classes; "
+        f"width {config.design.width:g}, batch {config.batch_size}, "
+        f"{total:,} steps = {epochs:.1f} epochs"
     )
 
 

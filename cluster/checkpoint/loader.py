@@ -57,6 +57,7 @@ from cluster.run.folder import (
     read_run_id,
 )
 from cluster.run.jsonl import append_row, read_tail
+from pipeline.dataset.segments import Segments
 from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.remote.target import open_store
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
@@ -100,7 +101,7 @@ class _Discovery:
 
 
 def identify_run(
-    run: Path, config: Config, data_sha256: str, samples: int, own: str = ""
+    run: Path, config: Config, data_sha256: str, samples: int | Segments, own: str = ""
 ) -> tuple[str, Config]:
     """Return the name of the run in RUN, and `config` with its `init` pinned (see `pin_init`).
 
@@ -112,7 +113,7 @@ def identify_run(
         run: run folder.
         config: settings of this command.
         data_sha256: identity of the data set.
-        samples: number of its training images.
+        samples: number of its training images, or the segments of the run.
         own: name of a new run, if it has one already.
 
     Raises:

@@ -49,8 +49,8 @@ class TrainOptions(Options):
             "layer_rates", "momentum", "weight_decay", "layer_decays", "lars", "seed",
         ),
         "data": (
-            "shuffle", "window", "augment", "colour", "colour_divide", "mean", "strict", "ledger",
-            "cache", "cache_size",
+            "data_version", "shuffle", "window", "augment", "colour", "colour_divide", "mean",
+            "strict", "ledger", "cache", "cache_size",
         ),
         "machines": (
             "replicas", "columns_per_worker", "device", "dtype", "exchange_dtype", "cuda_graph",
@@ -107,6 +107,8 @@ class EvaluateOptions(CheckpointOptions):
 
     data: str = ""
     """Data set (folder or address) with the classes of the training; default: that of the run."""
+    data_version: str = ""
+    """Version of the data set: number, identity, or latest; default: the run's own."""
     views: Literal[1, 10] = 1
     """1: centre crop; 10: corners, centre and their mirror images, averaged."""
     split: str = "val"

@@ -12,7 +12,7 @@ from cluster.config.aliases import MEANT
 from cluster.config.settings import DESIGN_TYPES, Config, translate_values
 from model.architecture import fit_design
 from model.schedule import suggest_name
-from pipeline.dataset.record import ADDRESS_KEY, SHA256_KEY, require_run
+from pipeline.dataset.record import ADDRESS_KEY, SEGMENTS_KEY, SHA256_KEY, require_run
 from pipeline.tools.errors import UsageError
 
 PRESETS = Path(__file__).resolve().parents[1] / "configs"
@@ -74,7 +74,7 @@ def load_settings(config: Path) -> dict[str, Any]:
         raise UsageError(f"config file {path} cannot be read ({reason}); mend it") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"config file {path} is not TOML: {error}") from error
-    for key in (SHA256_KEY, RUN_KEY, *ORIGIN_KEYS):
+    for key in (SHA256_KEY, SEGMENTS_KEY, RUN_KEY, *ORIGIN_KEYS):
         table.pop(key, None)
     table = translate_values(table)
     for key, value in table.items():

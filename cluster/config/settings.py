@@ -17,6 +17,7 @@ import tyro
 from cluster.config.milestones import parse_milestones
 from model.architecture import Design
 from model.schedule import list_color_steps, parse_changes, parse_layer_rates
+from pipeline.dataset.segments import Segments, as_segments, find_position, parse_versions
 from pipeline.stream.config import Mean, Shuffle, StreamConfig
 from pipeline.tools.errors import UsageError
 from pipeline.tools.units import CACHE_SIZE_FLAG, parse_size
@@ -46,7 +47,7 @@ CHANGEABLE = (
     "replicas", "device", "cuda_graph", "columns_per_worker", "microbatch", "threads", "prefetch",
     "checkpoint_every", "keep", "keep_best", "store", "validate_every", "statistics_every",
     "max_failures", "node_wait", "spares", "collective_timeout", "strict", "ledger", "tensorboard",
-    "wandb", "mlflow", "cache", "cache_size", "milestones",
+    "wandb", "mlflow", "cache", "cache_size", "milestones", "data_version",
 )  # fmt: skip
 """Settings that may change when a run is resumed. None changes the images, their order or the
 dropout masks; `replicas`, `columns_per_worker` and `microbatch` change the rounding of sums, unless
@@ -197,6 +198,10 @@ class Config:
     """Seconds that a worker may keep the others waiting before they take it for frozen."""
     strict: bool = False
     """Stop at the first damaged image instead of replacing it by another."""
+    data_version: int | str = ""
+    """Version of the data set, by its number, or its identity or eight digits of that; "": the
+    newest when the run begins, and then that one; latest: go on with a newer one at the border of
+    the first epoch after a start."""
     ledger: bool = False
     """Record every image delivered, for duet verify --ledger; 8 bytes each."""
     tensorboard: bool = False
@@ -229,6 +234,7 @@ class Config:
             raise ValueError(f"cache_size: {error}") from error
         self._check_schedule()
         _ = self.stream
+        _ = self.version
         self._require("momentum", 0 <= self.momentum < 1, "must be 0 or above and below 1")
         self._require("plateau_threshold", self.plateau_threshold < 1, "must be below 1")
         self._require("plateau_factor", self.plateau_factor > 1, "must be above 1")
@@ -330,6 +336,17 @@ class Config:
         return {"cache": self.cache or None, "cache_size": parse_size(self.cache_size)}
 
     @property
+    def version(self) -> int | str | None:
+        """Version of the data set that a new run begins with; None: the newest.
+
+        Raises:
+            ValueError: `data_version` names none.
+        """
+        version = parse_versions(self.data_version or None)
+        assert not isinstance(version, tuple)
+        return version
+
+    @property
     def stream(self) -> StreamConfig:
         """Settings of the stream of training images; a process adds its rank, device and files.
 
@@ -396,9 +413,10 @@ class Config:
         share = least if is_fixed else self.batch_size // replicas
         return min(share, self.microbatch or least)
 
-    def total_steps(self, samples: int) -> int:
-        """Return the steps of the whole run over `samples` training images; at least 1."""
-        return self.steps or max(1, math.ceil(self.epochs * samples / self.batch_size))
+    def total_steps(self, samples: int | Segments) -> int:
+        """Return the steps of the whole run over training images, or over segments; at least 1."""
+        end = find_position(as_segments(samples), self.epochs)
+        return self.steps or max(1, math.ceil(end / self.batch_size))
 
 
 DESIGN_TYPES = get_type_hints(Design)

@@ -28,7 +28,7 @@ from cluster.run.kernels import Kernel
 from cluster.run.probabilities import SavedProbabilities, probability_path, suggest_evaluation
 from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.remote.dataset import locate_dataset, open_dataset
+from pipeline.remote.dataset import choose_versions, locate_dataset, open_dataset
 from pipeline.stream.config import CROP
 from pipeline.stream.shard_reader import Damage, ShardReader
 from pipeline.tools.charts import encode_image
@@ -80,6 +80,7 @@ def load_training_images(run: Path, data: str, config: dict[str, Any]) -> list[T
             colour=float(config.get("colour", 0.1)),
             shuffle=config.get("shuffle", "full"),
             window=int(config.get("window", 16)),
+            version=choose_versions(run, folder),
             **cached,
         ) as stream:
             batch = next(stream)
@@ -276,7 +277,7 @@ def collect_answers(
         chosen = choose_images(saved, truths, choices, each)
         confusions = count_confusions(saved, answers)
         with (
-            closing(open_dataset(data, **cached)) as dataset,
+            closing(open_dataset(data, version=identity(folder), **cached)) as dataset,
             closing(ShardReader(dataset, saved.about.split)) as storage,
         ):
             groups = tuple(

@@ -30,6 +30,7 @@ from cluster.report.settings import describe_settings, format_setting
 from cluster.run.folder import CONFIG, KERNELS
 from cluster.run.kernels import read_kernels
 from pipeline.dataset.manifest import Manifest, identity
+from pipeline.dataset.record import read_segments
 from pipeline.remote.dataset import locate_dataset
 from pipeline.sources.paths import base_name
 from pipeline.tools.arguments import parse_options
@@ -148,7 +149,8 @@ def _load_manifest(data: str, records: Records) -> tuple[Manifest | None, str]:
         data, folder = locate_dataset(records.run, data, **cached)
         manifest = Manifest.load(folder)
         known = records.config.get("data_sha256")
-        other = known is not None and known != identity(folder)
+        own = (known, *(segment.version for segment in read_segments(records.run)))
+        other = known is not None and identity(folder) not in own
     except (DuetError, OSError) as error:
         return None, f"{error}."
     return manifest, f"{data} is not the data set that the run was trained on." if other else ""

@@ -48,7 +48,15 @@ from cluster.config import (
     read_run_config,
 )
 from cluster.run.jsonl import read_tail
-from pipeline.dataset.record import ADDRESS_KEY, LOCK, RECORD, SHA256_KEY
+from pipeline.dataset.record import (
+    ADDRESS_KEY,
+    LOCK,
+    RECORD,
+    SEGMENTS_KEY,
+    SHA256_KEY,
+    read_segments,
+)
+from pipeline.dataset.segments import Segments
 from pipeline.remote.lease import lock_folder
 from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.files import NoLocks, atomic_write, ensure_writable, flock
@@ -86,7 +94,14 @@ class RunIdentity:
     run: str = ""
     """Name that tells the run from all others; each of its checkpoints has it."""
     data_sha256: str = ""
-    """Identity of the data set."""
+    """Identity of the data set: of the version that the run began with."""
+    segments: Segments = ()
+    """Versions of the data set, if the run has gone on with newer ones."""
+
+    @property
+    def versions(self) -> str | Segments | None:
+        """Version or segments, as `StreamConfig.version` takes them."""
+        return self.segments or self.data_sha256 or None
 
 
 UNKNOWN = RunIdentity()
@@ -140,7 +155,7 @@ def read_identity(run: Path) -> RunIdentity:
     """Return the identity of the run in RUN."""
     path = run / CONFIG
     data = read_run_config(path)[1] if path.is_file() else ""
-    return RunIdentity(run=read_run_id(run), data_sha256=data)
+    return RunIdentity(run=read_run_id(run), data_sha256=data, segments=read_segments(run))
 
 
 def read_run_id(run: Path) -> str:
@@ -162,7 +177,7 @@ def make_run_id(run: Path) -> str:
     return f"{re.sub('[^A-Za-z0-9_.-]', '', run.name)[:40]}-{secrets.token_hex(4)}"
 
 
-def find_conflicts(old: Config, new: Config, samples: int) -> list[str]:
+def find_conflicts(old: Config, new: Config, samples: int | Segments) -> list[str]:
     """List what keeps `new` from resuming a run of `old`, as `name: old -> new`.
 
     Settings in `CHANGEABLE` may differ, except `validate_every` where `plateau` counts validations,
@@ -198,7 +213,11 @@ def find_data_conflicts(old_sha256: str, new_sha256: str) -> list[str]:
 
 
 def format_toml(
-    config: Config, data_sha256: str, run_id: str = "", origin: Mapping[str, str] | None = None
+    config: Config,
+    data_sha256: str,
+    run_id: str = "",
+    origin: Mapping[str, str] | None = None,
+    segments: Segments = (),
 ) -> str:
     """Format the effective config as the file RUN/config.toml, which `read_run_config` reads.
 
@@ -206,10 +225,14 @@ def format_toml(
         config: every setting of the run.
         data_sha256, run_id: identity of the data set, name of the run.
         origin: texts by their names in `ORIGIN_KEYS`; empty ones are left out.
+        segments: of the run; one alone is left out.
     """
     lines = ["# Written by cluster.train: every setting of this run, as it was used."]
     lines += [f"{name} = {format_value(value)}" for name, value in config.to_settings().items()]
     lines += ["# The data set: SHA-256 of its manifest.json.", f'{SHA256_KEY} = "{data_sha256}"']
+    if len(segments) > 1:
+        lines.append("# Its versions: identity, samples, first position, first epoch of each.")
+        lines.append(f"{SEGMENTS_KEY} = {json.dumps([list(one) for one in segments])}")
     if run_id:
         lines += ["# The run, which its checkpoints name, too.", f'{RUN_KEY} = "{run_id}"']
     if known := {key: origin[key] for key in ORIGIN_KEYS if origin and origin.get(key)}:
@@ -224,7 +247,8 @@ def format_value(value: object) -> str:
 
 
 def write_run_config(
-    run: Path, config: Config, data_sha256: str, samples: int, step: int, run_id: str = "",
+    run: Path, config: Config, data_sha256: str, samples: int | Segments, step: int,
+    run_id: str = "",
     origin: Mapping[str, str] | None = None,
 ) -> None:  # fmt: skip
     """Write RUN/config.toml, unless its checkpoints were made with conflicting settings.
@@ -233,7 +257,7 @@ def write_run_config(
         run: run folder.
         config: settings of this command.
         data_sha256: identity of the data set.
-        samples: number of its training images.
+        samples: number of its training images, or the segments of the run.
         step: step of the newest checkpoint, 0 if there is none.
         run_id: name of the run.
         origin: how it was started; see `format_toml`.
@@ -258,7 +282,8 @@ def write_run_config(
             return
         config, origin = old, known | {ADDRESS_KEY: address}
     with atomic_write(path) as file:
-        file.write(format_toml(config, data_sha256, run_id, origin).encode())
+        segments = () if isinstance(samples, int) else samples
+        file.write(format_toml(config, data_sha256, run_id, origin, segments).encode())
 
 
 def _read_origin(path: Path) -> dict[str, str]:

@@ -26,6 +26,7 @@ from model.exchange import Exchange
 from model.optimizer import Means
 from model.schedule import Rates
 from model.timing import HostCopy, Instant, Span, Stopwatch, mark_time, sum_seconds
+from pipeline.dataset.segments import Segments, as_segments, count_epochs
 from pipeline.stream.timing import WaitTimes
 
 TELL_EVERY = 0.25
@@ -75,7 +76,7 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run: Path, mesh: ProcessMesh, tell: Tell, samples: int, step: int,
+        self, run: Path, mesh: ProcessMesh, tell: Tell, samples: int | Segments, step: int,
         publish: Sequence[Publish] = (), keep: MutableSequence[dict[str, Any]] | None = None,
     ) -> None:  # fmt: skip
         """Open the files of `run`, first cutting off rows after `step`.
@@ -84,12 +85,12 @@ class MetricsLog:
             run: run folder.
             mesh: mesh of this process.
             tell: receives events.
-            samples: number of training images, to compute epochs.
+            samples: number of training images, or the segments of the run, to compute epochs.
             step: step to resume from; 0 for a new run.
             publish: receive the metrics of this process about once a second.
             keep: collects the rows of this process.
         """
-        self._mesh, self._tell, self._samples = mesh, tell, samples
+        self._mesh, self._tell, self._segments = mesh, tell, as_segments(samples)
         self._publish, self._keep = list(publish), keep
         self._files = {
             name: Rows(run / name, step, lambda text: tell(Warned(text)))
@@ -186,7 +187,7 @@ class MetricsLog:
         )
         self._start, self._exchanged, self._host_waited, self._saved = end, [], 0.0, 0.0
         self._exchange, self._sent = exchange, sent
-        self._total = config.total_steps(self._samples)
+        self._total = config.total_steps(self._segments)
 
     def flush(self) -> None:
         """Write the row of the last step, unless it is written; waits for the device to end it."""
@@ -307,7 +308,7 @@ class MetricsLog:
         return results["top1_error"]
 
     def _begin_row(self, mark: Mark) -> dict[str, Any]:
-        epoch = round(mark.position / self._samples, 4)
+        epoch = round(float(count_epochs(self._segments, mark.position)), 4)
         return {"position": mark.position, "epoch": epoch, "step": mark.step}
 
     def sync(self) -> None:

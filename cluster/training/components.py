@@ -35,8 +35,9 @@ from model.schedule import parse_layer_rates
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
+from pipeline.dataset.segments import Segment, Segments, count_epochs
 from pipeline.remote.dataset import fetch_metadata
-from pipeline.tools.errors import DataError
+from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.text import hide_credentials
 
 WIRES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -49,8 +50,8 @@ class Training:
 
     config: Config
     data: str
-    data_sha256: str
-    """Identity of the data set."""
+    segments: Segments
+    """Versions of the data set that the run reads."""
     run: Path
     mesh: ProcessMesh
     net: AlexNet
@@ -83,12 +84,10 @@ def prepare_training(
     Raises:
         DataError, SetupError: from the data set or the checkpoints.
     """
-    samples, about = read_origin(config, data)
-    data_sha256 = about["data_sha256"]
-    refuse_other_data(data, identity.data_sha256, data_sha256)
+    segments, about = read_origin(config, data, identity)
     if identity.run:
         about["run"] = identity.run
-    total = config.total_steps(samples)
+    total = config.total_steps(segments)
     net = create_columns(config, len(about["classes"]), mesh)
     optimizer = create_optimizer(config, net)
     checkpoints = CheckpointManager(
@@ -98,7 +97,7 @@ def prepare_training(
     mark = checkpoints.resume(net, optimizer, memory)
     if config.init and not mark.step:
         load_init(config.init, net, mesh, tell, config.init_layers)
-    recipe = RateSettings(config=config, samples=samples, total=total)
+    recipe = RateSettings(config=config, samples=segments, total=total)
     rates = RateControl(recipe, run, mesh, tell, mark.step)
 
     def warn(line: str) -> None:
@@ -106,7 +105,7 @@ def prepare_training(
 
     with ExitStack() as parts:
         stream = parts.enter_context(
-            open_stream(config, data, run, mesh, data_sha256, position=mark.position)
+            open_stream(config, data, run, mesh, segments, position=mark.position)
         )
         feed = parts.enter_context(PairBatches(stream, mesh, batches=total - mark.step))
         train_step = parts.enter_context(create_step(config, net, optimizer, mesh, warn))
@@ -116,11 +115,11 @@ def prepare_training(
             publish = [*publish, *parts.enter_context(trackers)]
         memory = memory or Memory()
         log = parts.enter_context(
-            MetricsLog(run, mesh, tell, samples, mark.step, publish, keep=memory.rows)
+            MetricsLog(run, mesh, tell, segments, mark.step, publish, keep=memory.rows)
         )
         log.reducing = train_step.waits
         if len(about["classes"]) == CLASSES:
-            passed = mark.position / samples
+            passed = float(count_epochs(segments, mark.position))
             ahead = [one for one in parse_milestones(config.milestones) if one.epoch > passed]
             log.milestones = ahead
         # Rows are on disk, and in the store, before a checkpoint of their step counts.
@@ -131,22 +130,56 @@ def prepare_training(
             mirror.begin()
             checkpoints.alongside = mirror.push
         yield Training(
-            config=config, data=data, data_sha256=data_sha256, run=run, mesh=mesh, net=net,
+            config=config, data=data, segments=segments, run=run, mesh=mesh, net=net,
             optimizer=optimizer, train_step=train_step, rates=rates, feed=feed, log=log,
             checkpoints=checkpoints, memory=memory, mark=mark, total=total,
         )  # fmt: skip
 
 
-def read_origin(config: Config, data: str) -> tuple[int, dict[str, Any]]:
-    """Return the number of training images, and the origin that a checkpoint records."""
-    folder = fetch_metadata(data, **config.cached)
+def read_origin(
+    config: Config, data: str, run: RunIdentity = UNKNOWN
+) -> tuple[Segments, dict[str, Any]]:
+    """Return the segments of a run, and the origin that its checkpoints record.
+
+    Args:
+        config: settings of the run.
+        data: folder or address of the data set.
+        run: run, and the versions that it reads; without them, the one that the settings name.
+
+    Raises:
+        DataError: the data set has no such version.
+    """
+    version = run.segments[-1].version if run.segments else run.data_sha256 or config.version
+    folder = fetch_version(config, data, version)
     manifest = Manifest.load(folder)
-    return manifest.split("train", folder).samples, {
+    segments = (Segment(identity(folder), manifest.split("train", folder).samples),)
+    if run.segments:
+        segments = run.segments
+        folder = fetch_version(config, data, segments[0].version)  # whose mean is subtracted
+    about = {
         "config": config.to_settings(),
-        "data_sha256": identity(folder),
+        "data_sha256": segments[0].version,
         "classes": manifest.classes,
-        "channel_mean": Statistics.load(folder, manifest).channel_mean.tolist(),
+        "channel_mean": Statistics.load(folder, Manifest.load(folder)).channel_mean.tolist(),
     }
+    if len(segments) > 1:
+        about["segments"] = [list(segment) for segment in segments]
+    return segments, about
+
+
+def fetch_version(config: Config, data: str, version: int | str | None) -> Path:
+    """Return a local folder with the metadata of a version of a data set.
+
+    Raises:
+        DataError: an identity that the data set does not have (any more).
+        UsageError: another version that it does not have.
+    """
+    try:
+        return fetch_metadata(data, version=version, **config.cached)
+    except UsageError:
+        if isinstance(version, str):
+            refuse_other_data(data, version, identity(fetch_metadata(data, **config.cached)))
+        raise
 
 
 def create_columns(config: Config, classes: int, mesh: ProcessMesh) -> AlexNet:
@@ -211,7 +244,7 @@ def refuse_other_data(data: str, expected: str, found: str) -> None:
     """Refuse a data set that was put in the place of the run's.
 
     Raises:
-        DataError: the identities differ.
+        DataError: the identities differ, and the expected is no version of it.
     """
     if expected and found != expected:
         raise DataError(
@@ -222,7 +255,12 @@ def refuse_other_data(data: str, expected: str, found: str) -> None:
 
 
 def open_stream(
-    config: Config, data: str, run: Path, mesh: ProcessMesh, data_sha256: str = "", **settings: Any
+    config: Config,
+    data: str,
+    run: Path,
+    mesh: ProcessMesh,
+    segments: Segments = (),
+    **settings: Any,
 ) -> Stream:
     """Open this process's slice of the training images.
 
@@ -231,12 +269,14 @@ def open_stream(
         data: folder or address of the data set.
         run: run folder.
         mesh: rank, columns and device of this process.
-        data_sha256: identity that the data set must have; "": any.
+        segments: versions of the data set that are read; empty: the newest.
         settings: fields of `StreamConfig` that differ from those of the training.
 
     Raises:
         DataError: it is another data set by now.
     """
+    for segment in segments:
+        fetch_version(config, data, segment.version)
     training = replace(
         config.stream,
         rank=mesh.rank,
@@ -245,14 +285,9 @@ def open_stream(
         threads=config.threads or mesh.cores,
         quarantine=run / QUARANTINE,
         ledger=run / LEDGER if config.ledger else None,
+        version=segments or None,
     )
-    stream = Stream.from_config(data, replace(training, **settings))
-    try:
-        refuse_other_data(data, data_sha256, stream.data_sha256)
-    except DataError:
-        stream.close()
-        raise
-    return stream
+    return Stream.from_config(data, replace(training, **settings))
 
 
 def describe_workers(config: Config, mesh: ProcessMesh) -> str:

@@ -40,6 +40,13 @@ from cluster.run.folder import RATES, VALIDATION
 from cluster.run.jsonl import cut_rows, read_rows
 from model import schedule
 from model.schedule import COLOR, DROP, DROP_BIASES, Rates
+from pipeline.dataset.segments import (
+    Segments,
+    as_segments,
+    count_epochs,
+    find_position,
+    find_segment,
+)
 from pipeline.tools.files import atomic_write, sync_path
 
 SCHEDULE, PLATEAU, BY_HAND = "schedule", "plateau", "by hand"
@@ -75,8 +82,8 @@ class RateSettings:
     """Settings that the learning rates of a run follow from."""
 
     config: Config
-    samples: int
-    """Number of training images."""
+    samples: int | Segments
+    """Number of training images, or the segments of the run."""
     total: int
     """Steps of the whole run."""
 
@@ -102,11 +109,24 @@ class RateSettings:
     def compute_factor(self, step: int) -> float:
         """Return the factor on all rates of a step, from 1: that of warm-up and of `poly`."""
         config = self.config
-        length = config.warmup * self.samples / config.batch_size
+        length = find_position(as_segments(self.samples), config.warmup) / config.batch_size
         factor = schedule.compute_warmup(step, length, config.warmup_lr / config.lr)
         if config.schedule == "poly":
-            factor *= schedule.compute_poly(step, self.total, config.lr_power)
+            factor *= float((1.0 - self.find_progress(step - 1)) ** config.lr_power)
         return factor
+
+    def find_progress(self, step: int) -> float:
+        """Return the share of the run that is done after a step.
+
+        Where the length is in epochs, a version that is appended changes nothing before it.
+        """
+        config, segments = self.config, as_segments(self.samples)
+        if config.steps or len(segments) == 1:
+            return step / self.total
+        position = step * config.batch_size
+        if find_segment(segments, position) == 0:
+            return min(1.0, step / config.total_steps(segments[:1]))
+        return min(1.0, float(count_epochs(segments, position)) / config.epochs)
 
     def list_scheduled(self) -> list[RateChange]:
         """List the changes known before the run begins: the steps of `dexp`, and by epoch."""
@@ -114,7 +134,8 @@ class RateSettings:
         found: dict[int, dict[str, float]] = {}
         for change in schedule.parse_changes(self.config.changes, self.layers):
             # Exact: every process must find the same step.
-            step = math.ceil(Fraction(change.epoch) * self.samples / self.config.batch_size)
+            position = find_position(as_segments(self.samples), Fraction(change.epoch))
+            step = math.ceil(position / self.config.batch_size)
             rule = "none" if change.name == COLOR else self.config.rate_scaling
             value = schedule.scale_rate(change.value, self.config.batch_size, rule)
             found.setdefault(step, {})[change.name] = value  # later ones win
@@ -122,8 +143,9 @@ class RateSettings:
 
     def _list_stretches(self) -> list[RateChange]:
         # The last step of a stretch has its rate.
+        steps = range(self.total + 1)
         borders = {
-            self.total * number // stretches
+            bisect.bisect_right(steps, number / stretches, key=self.find_progress) - 1
             for stretches in (self.config.lr_drops, self.config.bias_drops)
             for number in range(1, stretches)
         }
@@ -141,7 +163,7 @@ class RateSettings:
     def _dexp(self, step: int) -> tuple[float, float]:
         config = self.config
         return schedule.dexp(
-            step / self.total, self._lr, config.bias_factor, config.lr_drop, config.lr_drops,
+            self.find_progress(step), self._lr, config.bias_factor, config.lr_drop, config.lr_drops,
             config.bias_drop, config.bias_drops,
         )  # fmt: skip
 
@@ -277,7 +299,7 @@ class RateControl:
         position = change.after * self._settings.config.batch_size
         row = {
             "position": position,
-            "epoch": round(position / self._settings.samples, 4),
+            "epoch": round(float(count_epochs(as_segments(self._settings.samples), position)), 4),
             "step": change.after,
             "why": change.why,
             "what": describe_change(change, before, after),

@@ -24,6 +24,7 @@ from cluster.training.precision import prepare_for
 from model.metrics import count_errors, round_shares
 from model.optimizer import compute_layer_statistics
 from model.timing import HostCopy
+from pipeline.dataset.segments import find_segment
 
 
 def train(
@@ -87,7 +88,7 @@ def make_steps(t: Training, is_stopping: Callable[[], bool]) -> Mark:
             t.log.kernels(mark, mesh.gather(copy_first_kernels(t.net)))
         error = None
         if is_due(step, config.validate_every, total):
-            error = t.log.validation(mark, lambda: validate(t))
+            error = t.log.validation(mark, partial(validate, t, mark.position))
         stops, busy = flags()
         saves = stops or is_due(step, config.checkpoint_every, total)
         if saves or error is not None:
@@ -116,13 +117,16 @@ def review_loss(t: Training, step: int, values: HostCopy, images: Tensor) -> Non
 
 
 @torch.no_grad()
-def validate(t: Training) -> dict[str, float]:
-    """Return mean loss and errors over all sound validation images, centre view, once each."""
+def validate(t: Training, position: int = 0) -> dict[str, float]:
+    """Return mean loss and errors over all sound validation images, centre view, once each.
+
+    They are those of the version of the data set that training reads at `position`.
+    """
     start, mesh = time.perf_counter(), t.mesh
     sums = torch.zeros(4, device=mesh.device, dtype=torch.float64)
     t.net.eval()
     stream = open_stream(
-        t.config, t.data, t.run, mesh, t.data_sha256,
+        t.config, t.data, t.run, mesh, t.segments[: find_segment(t.segments, position) + 1],
         split="val", crop="center", once=True, ledger=None,
     )  # fmt: skip
     with stream, PairBatches(stream, mesh) as feed:

@@ -31,6 +31,7 @@ from cluster.training.pair_batches import PairBatches
 from cluster.training.precision import prepare_for
 from cluster.training.step import ReplicaBatch
 from model.exchange import Exchange
+from pipeline.dataset.segments import Segments
 from pipeline.stream.timing import WaitTimes
 from pipeline.throughput import hardware
 from pipeline.throughput.clock import CpuLoad, Rate, StageRow, make_row
@@ -97,20 +98,20 @@ def measure(config: Config, data: str, mesh: ProcessMesh, tell: Tell) -> None:
         schedule="dexp", warmup=0.0, warmup_lr=0.0, changes=(), layer_rates=(), lr=1e-9,
         steps=10**7, epochs=1.0, init="",
     )  # fmt: skip
-    samples, _ = read_origin(config, data)
+    segments, _ = read_origin(config, data)
     with (
         tempfile.TemporaryDirectory(prefix="duet-measure-") as scratch,
         prepare_training(config, data, Path(scratch), mesh, lambda _: None, ()) as training,
     ):
-        found = _measure_headspace(training, samples, Path(scratch))
+        found = _measure_headspace(training, segments, Path(scratch))
     everybody: Sequence[Headspace] = mesh.gather(found)
     if mesh.is_leader:
         tell(Measured(_build_result(config, data, mesh, everybody)))
     mesh.gather(None)  # the other processes leave their cores to the leader's measurements
 
 
-def _measure_headspace(t: Training, samples: int, scratch: Path) -> Headspace:
-    steps = _Steps(t, samples, scratch)
+def _measure_headspace(t: Training, segments: Segments, scratch: Path) -> Headspace:
+    steps = _Steps(t, segments, scratch)
     kept = []
     for whole in itertools.islice(t.feed, KEPT):
         tensors = "images", "labels", "weights", "replaced"
@@ -142,9 +143,9 @@ def _measure_headspace(t: Training, samples: int, scratch: Path) -> Headspace:
 class _Steps:
     """Runs steps of the training loop and collects their rows."""
 
-    def __init__(self, t: Training, samples: int, scratch: Path) -> None:
+    def __init__(self, t: Training, segments: Segments, scratch: Path) -> None:
         self.rows: list[dict[str, Any]] = []
-        log = MetricsLog(scratch, t.mesh, lambda _: None, samples, 0, keep=self.rows)
+        log = MetricsLog(scratch, t.mesh, lambda _: None, segments, 0, keep=self.rows)
         log.reducing = t.log.reducing
         self._t = replace(t, log=log, checkpoints=cast(CheckpointManager, _NoCheckpoints()))
         self._mark = t.mark

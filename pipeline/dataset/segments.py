@@ -37,6 +37,11 @@ Segments = tuple[Segment, ...]
 """Segments of a run: the first begins at position 0, each other at the end of an epoch."""
 
 
+def as_segments(samples: int | Segments) -> Segments:
+    """Return the segments of a run; a number stands for one version of so many samples."""
+    return (Segment("", samples),) if isinstance(samples, int) else samples
+
+
 def parse_segments(rows: object) -> Segments:
     """Return the segments that a file has as lists [version, samples, position, epoch].
 

@@ -12,15 +12,24 @@ import tempfile
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.index import index_name
-from pipeline.dataset.manifest import LARGEST, NAME, Manifest, Shard, check_seal, find_root
-from pipeline.dataset.record import RECORD, read_address
+from pipeline.dataset.manifest import (
+    LARGEST,
+    NAME,
+    Manifest,
+    Shard,
+    check_seal,
+    find_root,
+    identity,
+)
+from pipeline.dataset.record import RECORD, read_address, read_versions
+from pipeline.dataset.segments import Segments
 from pipeline.dataset.versions import (
     WITHDRAWN,
     SealedVersion,
@@ -29,6 +38,7 @@ from pipeline.dataset.versions import (
     find_version,
     list_versions,
     load_withdrawn,
+    parse_version,
     read_local,
     read_newest,
     version_place,
@@ -117,7 +127,13 @@ def format_address(data: str) -> str:
 
 
 def locate_dataset(
-    run: Path, given: str = "", *, flag: str = "--data", record: Path | None = None, **cached: Any
+    run: Path,
+    given: str = "",
+    *,
+    flag: str = "--data",
+    record: Path | None = None,
+    version: str = "",
+    **cached: Any,
 ) -> tuple[str, Path]:
     """Find the data set of a run: the one that is given, else the one that the run recorded.
 
@@ -126,6 +142,8 @@ def locate_dataset(
         given: folder or address that the user gave; "": none.
         flag: argument that names another, for messages.
         record: folder that has the run's config.toml; None: `run` itself.
+        version: version that the user gave; "": the one that the run reads, of a set that has it,
+            else the newest.
         cached: cache arguments of `open_dataset`.
 
     Returns:
@@ -135,8 +153,10 @@ def locate_dataset(
         UsageError: the run recorded none, or without the credentials that it takes, or it is not
             there any more; also the errors of `open_dataset`.
     """
+    own = read_versions(record or run)
+    own = own[-1].version if isinstance(own, tuple) else own
     if given:
-        return given, fetch_metadata(given, **cached)
+        return given, _fetch_version(given, version, own, **cached)
     address = read_address(record or run)
     if not address:
         why = "older runs do not" if (run / RECORD).is_file() else f"it has no {RECORD}"
@@ -147,9 +167,31 @@ def locate_dataset(
     if not is_remote(address) and not (local_path(address) / NAME).is_file():
         raise UsageError(f"{where} and is not there on this machine; give its new place by {flag}")
     try:
-        return address, fetch_metadata(address, **cached)
+        return address, _fetch_version(address, version, own, **cached)
     except StoreError as error:
         raise StoreError(f"{error}; {where}; if it has moved, give {flag}") from error
+
+
+def _fetch_version(data: str, given: str, own: str | None, **cached: Any) -> Path:
+    """Return the metadata of the version that a user gave, or of a run's own, or of the newest."""
+    if given:
+        wanted = parse_version(given, "--data-version")
+        return fetch_metadata(data, version=wanted, **cached)
+    newest = fetch_metadata(data, **cached)
+    if own is None or identity(newest) == own or Manifest.load(newest).number == 1:
+        return newest
+    with suppress(UsageError):
+        return fetch_metadata(data, version=own, **cached)
+    return newest
+
+
+def choose_versions(run: Path, folder: Path) -> str | Segments:
+    """Return the version in a folder that `locate_dataset` found; if it is the run's, its segments.
+
+    A stream of the segments normalizes images as the run did.
+    """
+    found, own = identity(folder), read_versions(run)
+    return own if isinstance(own, tuple) and own[-1].version == found else found
 
 
 def default_cache() -> Path:

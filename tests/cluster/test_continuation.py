@@ -55,7 +55,7 @@ def test_how_a_run_is_carried_out_may_change():
         "keep_best": 0, "store": "s3://b/x", "milestones": ("9 top1 50",),
         "validate_every": 0, "statistics_every": 0, "max_failures": 0, "node_wait": 0, "spares": 0,
         "collective_timeout": 10, "strict": True, "ledger": True, "tensorboard": True,
-        "wandb": True, "mlflow": True, "cache": "c", "cache_size": "1TB",
+        "wandb": True, "mlflow": True, "data_version": "latest", "cache": "c", "cache_size": "1TB",
     }  # fmt: skip
     assert set(free) == set(CHANGEABLE)
     assert find_conflicts(old, replace(old, **free), samples=4000) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from dataclasses import dataclass
@@ -71,10 +72,14 @@ def together(folder: Path, calls: list[Call], world: int = 2, size: int = 2) -> 
     run_ranks(work, (world, size, folder, calls), world)
 
 
-def alone(config: Config, data: Path, run: Path) -> list[Event]:
+def alone(config: Config, data: Path, run: Path, stop_after: int = 0) -> list[Event]:
     run.mkdir(exist_ok=True)
     told: list[Event] = []
-    train(config, data, run, ProcessMesh(), told.append, identity=read_identity(run))
+    steps = itertools.count(1)
+    train(
+        config, data, run, ProcessMesh(), told.append, identity=read_identity(run),
+        is_stopping=lambda: next(steps) == stop_after,
+    )  # fmt: skip
     return told
 
 

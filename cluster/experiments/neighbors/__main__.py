@@ -172,7 +172,9 @@ def _draw_sheet(
     rows = choose_queries(queries.labels[ids], options.show, options.seed)
     names = source.manifest.titles or source.manifest.classes
     near = found.ids[rows]
-    with closing(open_dataset(source.data, **source.config.cached)) as dataset:
+    with closing(
+        open_dataset(source.data, version=source.data_sha256, **source.config.cached)
+    ) as dataset:
         asked = read_images(dataset, options.queries, ids[rows].tolist())
         flat = read_images(dataset, options.base, near.reshape(-1).tolist())
     others = [flat[at : at + options.k] for at in range(0, len(flat), options.k)]

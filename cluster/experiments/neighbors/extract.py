@@ -185,6 +185,7 @@ def extract(job: FeatureJob) -> int:
     writer = FeatureWriter(job.folder, about)
     stream = Stream(
         source.data,
+        version=source.data_sha256,
         split=about.split,
         batch_size=BATCH,
         position=first,
@@ -259,7 +260,9 @@ def _convert(rows: Tensor, about: FeatureInfo, block: int) -> Rows:
 
 def _read_labels(source: FeatureSource, about: FeatureInfo) -> Ids:
     with (
-        closing(open_dataset(source.data, **source.config.cached)) as dataset,
+        closing(
+            open_dataset(source.data, version=source.data_sha256, **source.config.cached)
+        ) as dataset,
         closing(ShardReader(dataset, about.split)) as reader,
     ):
         return reader.read_labels(np.arange(about.samples))
