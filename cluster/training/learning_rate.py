@@ -124,7 +124,7 @@ class RateSettings:
         if config.steps or len(segments) == 1:
             return step / self.total
         position = step * config.batch_size
-        if find_segment(segments, position) == 0:
+        if find_segment(segments, max(0, position - 1)) == 0:  # a step to its end is its own
             return min(1.0, step / config.total_steps(segments[:1]))
         return min(1.0, float(count_epochs(segments, position)) / config.epochs)
 

@@ -278,8 +278,8 @@ def test_the_public_settings_are_these():
         "hw_decoder_load", "checkpoint_every", "keep",
         "keep_best", "store", "milestones", "validate_every", "statistics_every", "max_failures",
         "node_wait",
-        "spares", "collective_timeout", "strict", "ledger", "tensorboard", "wandb", "mlflow",
-        "cache", "cache_size",
+        "spares", "collective_timeout", "strict", "data_version", "ledger", "tensorboard", "wandb",
+        "mlflow", "cache", "cache_size",
     ]  # fmt: skip
 
 

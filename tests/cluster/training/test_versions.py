@@ -7,17 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cluster.config import Config
 from cluster.run.folder import read_identity
 from cluster.train import main
+from cluster.training.learning_rate import RateSettings
 from pipeline.dataset.manifest import Manifest, identity, version_folder
-from pipeline.dataset.segments import Segment
+from pipeline.dataset.segments import Segment, append_version, count_epochs, find_divergence
 from pipeline.stream.ledger.proof import prove
 from pipeline.tools.errors import UsageError
 from tests.helpers.images import folder_per_class, packed
 from tests.helpers.training_runs import CONFIG, alone, rows
-from tests.helpers.versions import append_samples, copy_set, withdraw
+from tests.helpers.versions import append_samples, copy_set, make_identity, withdraw
 
 # Six steps of 8 are an epoch of 48; the seventh and eighth are of the next.
 LEDGERED = replace(CONFIG, ledger=True, steps=0, epochs=2.0, checkpoint_every=4, validate_every=8)
@@ -85,3 +88,35 @@ def test_a_run_goes_on_with_the_newest_version_and_its_ledger_is_proved(data, mo
     assert table["segments"] == [list(one) for one in expected]
     start(LEDGERED, data, run, *LATEST)  # finished
     assert Manifest.load(data / version_folder(2)).number == 2
+
+
+@given(
+    st.integers(20, 90), st.lists(st.tuples(st.integers(0, 400), st.integers(20, 90)), max_size=3),
+    st.sampled_from(["dexp", "poly", "manual"]), st.sampled_from([1.5, 4.0, 6.0]),
+)  # fmt: skip
+def test_a_version_that_comes_later_changes_no_rate_before_it(samples, later, schedule, epochs):
+    config = Config(
+        schedule=schedule, epochs=epochs, batch_size=12, warmup=1.0, warmup_lr=0.001,
+        changes=("2 colour 0",),
+    )  # fmt: skip
+    segments, position = append_version((), 0, make_identity(0), samples), 0
+    for number, (read, count) in enumerate(later, 1):
+        position += read
+        grown = append_version(segments, position, make_identity(number), count)
+        border = find_divergence(segments, grown)
+        old, new = (
+            RateSettings(config=config, samples=one, total=config.total_steps(one))
+            for one in (segments, grown)
+        )
+        for step in range(1, min(old.total, new.total, border // 12) + 1):
+            assert old.compute_factor(step) == new.compute_factor(step)
+            before = [
+                sorted((c.after, str(c.settings)) for c in one.list_scheduled() if c.after < step)
+                for one in (old, new)
+            ]
+            assert before[0] == before[1]
+        segments = grown
+        # The run ends with the epoch that it was to end with.
+        end = config.total_steps(segments)
+        assert count_epochs(segments, end * 12) >= epochs - 1e-9
+        assert end == 1 or count_epochs(segments, (end - 1) * 12) < epochs
