@@ -152,9 +152,9 @@ def read_origin(
     version = run.segments[-1].version if run.segments else run.data_sha256 or config.version
     folder = fetch_version(config, data, version)
     manifest = Manifest.load(folder)
-    segments = (Segment(identity(folder), manifest.split("train", folder).samples),)
-    if run.segments:
-        segments = run.segments
+    samples = manifest.split("train", folder).samples
+    segments = run.segments or (Segment(identity(folder), samples),)
+    if len(segments) > 1:
         folder = fetch_version(config, data, segments[0].version)  # whose mean is subtracted
     about = {
         "config": config.to_settings(),
