@@ -15,11 +15,14 @@ import pytest
 from PIL import Image
 
 from pipeline import Stream
+from pipeline.options import BuildConfig, WithdrawOptions
+from pipeline.packing.additions import add_version
 from pipeline.stream import order
 from pipeline.stream.selection.record import Selection, make_order
+from pipeline.withdraw import make_version
 from tests.docs.pages import REPOSITORY
 from tests.helpers import format_reader as other
-from tests.helpers.images import flip_bit, packed
+from tests.helpers.images import InProcess, flip_bit, packed
 
 PAGE = (REPOSITORY / "docs" / "format.md").read_text("utf-8")
 SIZES = [6, 6, 4]
@@ -202,3 +205,25 @@ def test_sizes_are_where_the_page_has_them(image_folder: Path, tmp_path: Path, s
     assert reader.rows.dtype.itemsize == (28 if "fit" in settings else 24)
     side = 40 if settings == {"size": 40} else 256
     assert reader.stats["mean_picture"].shape == (side, side, 3)
+
+
+def test_the_page_says_where_the_files_of_each_version_are(image_folder, tmp_path):
+    """Version 2 has more images, version 3 lacks one that was purged: version 1 lacks it, too."""
+    data, source = tmp_path / "data", image_folder / "val"
+    packed(data, train=source, samples_per_shard=6, size=32)
+    first = other.FormatReader(data, "train")
+    gone = [n for n in range(len(first.rows)) if first.name(n) == "cat/001.jpg"]
+    config = {"out": str(data), "samples_per_shard": 6}
+    add_version(BuildConfig(add=str(image_folder / "train"), **config), pool=InProcess())
+    (tmp_path / "keys").write_text("cat/001.jpg\n")
+    options = WithdrawOptions(data=str(data), keys=tmp_path / "keys", purge=True, workers=1)
+    make_version(options, pool=InProcess())
+    readers = [other.FormatReader(data, "train", number) for number in (1, 2, 3)]
+    assert [len(reader.rows) for reader in readers] == [20, 68, 66]
+    assert [len(reader.withdrawn) for reader in readers] == [1, 2, 0]
+    assert readers[0].withdrawn == set(gone)
+    for reader in (*readers, other.FormatReader(data, "train")):
+        for sample in set(range(len(reader.rows))) - reader.withdrawn:
+            assert reader.image(sample)
+    with pytest.raises(AssertionError):
+        readers[0].image(*gone)

@@ -207,33 +207,56 @@ def color_of(seed: int, epoch: int, sample: int) -> list[float]:
     return [numbers[0], numbers[2], numbers[3]]
 
 
+def sealed(path: Path) -> dict[str, Any]:
+    """A manifest, without the seal that it is checked against."""
+    table: dict[str, Any] = json.loads(path.read_bytes())
+    seal = table.pop("manifest_sha256")
+    assert seal == hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+    assert table["version"] == 1
+    return table
+
+
 class FormatReader:
     """A split of a data set: checked bytes, labels and pixels by id, and the order of ids."""
 
-    def __init__(self, data: Path, split: str) -> None:
-        table = json.loads((data / "manifest.json").read_bytes())
-        seal = table.pop("manifest_sha256")
-        assert seal == hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
-        assert table["version"] == 1
+    def __init__(self, data: Path, split: str, number: int = 0) -> None:
+        newest = sealed(data / "manifest.json")
+        inside = f"versions/{number:06d}/" if number else ""
+        table = sealed(data / inside / "manifest.json")
+        assert number in (0, table.get("number", 1))
         self.data, self.table = data, table
+        self.beside = f"{table['tables_in']}/" if "tables_in" in table else ""
         self.raw = table["encoding"] == "raw"
         self.shards: list[dict[str, Any]] = table["splits"][split]["shards"]
         for shard in self.shards:
-            tar = self._checked(shard["name"], shard["sha256"])
+            purged = newest.get("purged", {})
+            tar = self._checked(shard["name"], purged.get(shard["name"], shard["sha256"]))
             assert len(tar) == shard["bytes"]
             self._checked(shard["name"].replace(".tar", ".idx"), shard["idx_sha256"])
-        self._checked(f"{split}.index.npy", table["splits"][split]["index_sha256"])
+        place = f"{self.beside}{split}.index.npy"
+        self._checked(place, table["splits"][split]["index_sha256"])
         self.tables: dict[str, bytes] = {
-            name: self._checked(f"{split}.{name}", digest)
+            name: self._checked(f"{self.beside}{split}.{name}", digest)
             for name, digest in table["splits"][split].get("tables", {}).items()
         }
         for name in ("stats.npz", "rejects.jsonl", "duplicates.jsonl"):
-            self._checked(name, table[f"{name.split('.')[0]}_sha256"])
-        self.rows = np.load(data / f"{split}.index.npy")
+            self._checked(f"{self.beside}{name}", table[f"{name.split('.')[0]}_sha256"])
+        self.rows = np.load(data / place)
         self.sizes = [shard["samples"] for shard in self.shards]
         assert len(self.rows) == sum(self.sizes)
-        with np.load(data / "stats.npz") as stats:
+        with np.load(data / self.beside / "stats.npz") as stats:
             self.stats = dict(stats)
+        self.withdrawn: set[int] = set()
+        if digest := newest.get("withdrawn_sha256"):
+            lines = self._checked(f"{newest['tables_in']}/withdrawn.jsonl", digest).splitlines()
+            gone = {
+                (row["shard"], offset, size, crc)
+                for row in map(json.loads, lines)
+                for offset, size, crc in row["samples"]
+            }
+            for sample, (shard, _, *place, crc) in enumerate(self.rows.tolist()):
+                if (self.shards[shard]["name"], *place, crc) in gone:
+                    self.withdrawn.add(sample)
 
     def _checked(self, name: str, digest: str) -> bytes:
         content = (self.data / name).read_bytes()
