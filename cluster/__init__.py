@@ -20,7 +20,7 @@ mesh            rank, column, and replica of a process; its process groups
 import os
 import sys
 
-from pipeline.tools.renames import Renames
+from pipeline.tools.startup import Renames
 
 # With a core taken away (by decoding, or a neighbour), OpenMP's spinning threads make a step up to
 # 60 times slower, measured on two cores; sleeping ones cost nothing. torch reads this when loaded.

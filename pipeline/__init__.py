@@ -20,8 +20,7 @@ tools           files, processes, errors, progress
 import sys
 from typing import TYPE_CHECKING, Any
 
-from pipeline.tools.renames import Renames
-from pipeline.tools.startup import install_for_module
+from pipeline.tools.startup import Renames, install_for_module
 
 if TYPE_CHECKING:
     from pipeline.batches import Batch, Stream, StreamConfig

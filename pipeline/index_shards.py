@@ -3,8 +3,8 @@
     python -m pipeline.index_shards DIR [--train GLOB] [--val GLOB] [--class-names FILE]
 
 For shards that another tool made of JPEGs (`.jpg` or `.jpeg`, with the label in `.cls` or `.json`),
-squares of one size or images of many sizes. Every image is decoded once, and samples that cannot be
-trained from are named by shard and key; then nothing is written, unless --skip-bad skips them.
+squares of one size or images of many sizes. Every image is decoded once (--decode-every: fewer),
+and samples that cannot be trained from are named; then nothing is written, unless --skip-bad.
 Images of other kinds need `python -m pipeline.build_shards OUT --train DIR`. No file of DIR is
 changed. Added are an `.idx` for each tar that has none, `SPLIT.index.npy`, a table of the
 keys, one of each field (--fields), `stats.npz`, `rejects.jsonl` and, last, `manifest.json`.
@@ -32,7 +32,7 @@ from isal import isal_zlib
 
 from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.image_stats import SquareSums, Statistics
-from pipeline.dataset.images import SIZE, Undecodable, decode_image
+from pipeline.dataset.images import SIZE, Undecodable, decode_image, measure_jpeg
 from pipeline.dataset.index import (
     INDEX_DTYPE,
     MOST_IMAGE_BYTES,
@@ -120,8 +120,7 @@ class ExamineJob(NamedTuple):
     """True if the pixels of its images count in the statistics."""
     classes: Classes | None
     """Classes of the data set, where they are known beforehand."""
-    fields: tuple[str, ...] = ()
-    """Members besides the image that are listed."""
+    config: IndexConfig
 
 
 @dataclass
@@ -235,7 +234,7 @@ def _examine_shards(
 ) -> tuple[dict[str, list[ExaminedShard]], SquareSums]:
     """Examine every shard; return the contents of each, and the sums over all training images."""
     jobs = [
-        ExamineJob(Path(config.folder) / name, split == "train", classes, config.fields)
+        ExamineJob(Path(config.folder) / name, split == "train", classes, config)
         for split, names in splits.items()
         for name in names
     ]
@@ -303,12 +302,14 @@ def examine_shard(job: ExamineJob) -> ExaminedShard:
 def _examine_samples(file: HashedFile, job: ExamineJob, found: ExaminedShard) -> Iterator[Sample]:
     """Fill in rows and labels, or the bad samples; yield the samples that can be trained from."""
     rows, keys, codes = [], list[bytes](), dict[int | str, int]()
-    members = {name: list[tuple[int, int, int]]() for name in job.fields}
+    members = {name: list[tuple[int, int, int]]() for name in job.config.fields}
     unfit: list[tuple[str, UnfitSample]] = []
-    for sample in filter(is_meant, group_samples(read_members(file.stream(), job.path.name))):
+    samples = filter(is_meant, group_samples(read_members(file.stream(), job.path.name)))
+    for place, sample in enumerate(samples):
+        decode = place % job.config.decode_every == 0
         try:
-            others = {name: locate_member(sample, name, file.read) for name in job.fields}
-            offset, size, crc, width, height, label = _examine_sample(file, sample, job, found.sums)
+            others = {name: locate_member(sample, name, file.read) for name in job.config.fields}
+            row = _examine_sample(file, sample, job, found.sums, decode)
         except (UnfitSample, Undecodable, OSError) as error:
             reason = str(error)
             if isinstance(error, UnfitSample):
@@ -317,10 +318,10 @@ def _examine_samples(file: HashedFile, job: ExamineJob, found: ExaminedShard) ->
                 reason = f"it cannot be read ({error.strerror})"
             found.bad.append(BadSample(found.name, sample.key, reason))
             continue
-        rows.append((0, codes.setdefault(label, len(codes)), offset, size, crc, width, height))
+        rows.append((0, codes.setdefault(row[-1], len(codes)), *row[:-1]))
         keys.append(escape_line(sample.key))
-        for name, place in others.items():
-            members[name].append(place)
+        for name, other in others.items():
+            members[name].append(other)
         yield sample
     if torn := find_torn(unfit):
         found.bad = [bad._replace(reason=TORN) if bad.key in torn else bad for bad in found.bad]
@@ -330,7 +331,7 @@ def _examine_samples(file: HashedFile, job: ExamineJob, found: ExaminedShard) ->
 
 
 def _examine_sample(
-    file: HashedFile, sample: Sample, job: ExamineJob, sums: SquareSums
+    file: HashedFile, sample: Sample, job: ExamineJob, sums: SquareSums, decode: bool
 ) -> tuple[int, int, int, int, int, int | str]:
     """Return offset, size, CRC-32, width and height of an image, and the label as it is written."""
     image = sample.find_image()
@@ -345,10 +346,10 @@ def _examine_sample(
     if job.classes is not None and isinstance(number, str):
         raise UnfitSample(number)
     data = bytes(file.read(image.offset, image.size))
-    pixels = decode_image(data, size=None)
-    height, width = pixels.shape[:2]
+    pixels = decode_image(data, size=None) if decode else None
+    height, width = measure_jpeg(data) if pixels is None else pixels.shape[:2]
     sums.add_size(height, width)
-    if job.is_training:
+    if job.is_training and pixels is not None:
         sums.add(pixels, pixels if (height, width) == (SIZE, SIZE) else resample(pixels))
     return image.offset, image.size, isal_zlib.crc32(data), width, height, label
 

@@ -238,6 +238,9 @@ class IndexConfig(Options):
     json, txt, seg.png."""
     skip_bad: bool = False
     """Leave out samples that cannot be used, and list them in DIR/rejects.jsonl."""
+    decode_every: int = 1
+    """Decode one of so many images of a shard: statistics are of those, and of the others only
+    header and CRC-32 are read. Other damage shows in training, or by `duet verify --decode`."""
     workers: int = cpu_count()
     """Processes that read and decode."""
     json: bool = False
@@ -246,6 +249,7 @@ class IndexConfig(Options):
     def check(self) -> None:
         """Refuse values that cannot work, each in one line (UsageError)."""
         require_range("workers", self.workers, 1, MOST_PROCESSES)
+        require_range("decode-every", self.decode_every, 1, 2**31)
         from pipeline.dataset.samples import is_field
 
         if wrong := [name for name in self.fields if not is_field(name)]:

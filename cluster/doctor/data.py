@@ -22,14 +22,12 @@ from cluster.config import Config, fit_images
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from cluster.doctor.job import checkpoint_bytes
 from pipeline.dataset.manifest import NAME, Manifest, Shard, Split
+from pipeline.remote.answers import describe_error
 from pipeline.remote.dataset import default_cache, open_dataset
 from pipeline.remote.filesystem import (
     EXTRAS,
-    BackgroundCall,
     RetryPolicy,
-    TransferError,
     check_address,
-    describe_error,
     is_remote,
     local_path,
     open_filesystem,
@@ -40,6 +38,7 @@ from pipeline.tools.errors import DataError, DuetError, UsageError
 from pipeline.tools.files import drop_page_cache, ensure_writable
 from pipeline.tools.packages import suggest_extra
 from pipeline.tools.text import hide_credentials, human_bytes
+from pipeline.tools.watchdog import BackgroundCall, NoAnswer
 
 READ_BYTES = 64 * 2**20
 """Most bytes that one measurement of a speed reads."""
@@ -204,7 +203,7 @@ class StoreProbe:
         parts = [BackgroundCall(partial(self._read_part, shard)) for shard in shards[:PARALLEL]]
         try:
             read, timed_out = sum(call.result(STORE_SECONDS) for call in parts), False
-        except TransferError:
+        except NoAnswer:
             read, timed_out = PARALLEL * PART_BYTES, True
         return read / (time.perf_counter() - start), timed_out
 

@@ -15,6 +15,7 @@ from cluster.run.events import Failed, Worker
 from cluster.run.folder import ERRORS
 from pipeline.tools.errors import DuetError, SetupError
 from pipeline.tools.text import human_bytes
+from pipeline.tools.watchdog import Hang
 
 LOST = re.compile(r"gloo|nccl|socket|store|timed? ?out|connection", re.IGNORECASE)
 """Errors of torch.distributed, as opposed to those of other libraries."""
@@ -74,7 +75,7 @@ def describe_failure(
         peer: name of the worker that it waits for, if there is only one.
     """
     root = _find_gpu_error(error)
-    node, code, is_final = "", 1, isinstance(error, DuetError)
+    node, code, is_final = "", 1, isinstance(error, DuetError) and not isinstance(error, Hang)
     if gpu and root:
         text, code = _describe_gpu_error(root, gpu)
         is_final = code == SetupError.exit_code

@@ -20,6 +20,7 @@ from pipeline.remote.filesystem import is_remote
 from pipeline.remote.target import WORK, Target
 from pipeline.tools.errors import DuetError, SetupError
 from pipeline.tools.processes import make_careful
+from pipeline.tools.watchdog import end_process_on_hang
 
 TASKS_PER_CPU = 2
 """Tasks submitted for each CPU: one runs, the next starts when it ends."""
@@ -207,6 +208,7 @@ def run_job(task: Callable[[Any], R], job: Any, mark: str, expected: dict[str, s
         SetupError: this node lacks OUT or a source, or has other libraries than the driver.
         Exception: from `task`; the message of an `OSError` names the node.
     """
+    end_process_on_hang()
     node = platform.node()
     if mark not in _known:
         _check_node(node, job.target, mark, expected)

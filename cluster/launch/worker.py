@@ -31,6 +31,7 @@ from cluster.run.console import format_device
 from cluster.run.events import Placed
 from cluster.run.folder import RunIdentity
 from pipeline.tools.errors import SetupError
+from pipeline.tools.watchdog import end_process_on_hang
 
 if TYPE_CHECKING:
     import torch
@@ -78,6 +79,7 @@ class TrainWorker:
     """
 
     def __init__(self) -> None:
+        end_process_on_hang()
         self._memory: Any = None
         """`cluster.checkpoint.memory.Memory`, from the first training on."""
         self._jobs: Queue[tuple[WorkerJob, Membership]] = Queue()

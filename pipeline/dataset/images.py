@@ -99,15 +99,7 @@ def decode_image(
             raise Undecodable(f"it has {flat.size:,} bytes, not {size[0]}x{size[1]}x3")
         return flat.reshape(*size, 3)
     data = bytes(data)
-    if not data.startswith(JPEG):
-        raise Undecodable("it is no JPEG at all")
-    header = check_header(data, size)
-    try:
-        colors = _read_colors(data)
-    except Exception as error:  # as above
-        raise Undecodable(f"it is no JPEG ({summarize_error(error)})") from error
-    if colors not in COLORS:
-        raise Undecodable(f"its colours are {colors}, neither RGB nor grey")
+    header = _check_jpeg(data, size)
     if simplejpeg is None:
         pixels = _decode_with_pillow(data)
     else:
@@ -120,6 +112,32 @@ def decode_image(
     if size is not None and pixels.shape[:2] != size:  # it is turned by its EXIF orientation
         raise Undecodable(_describe_size(pixels.shape[1], pixels.shape[0], size))
     return pixels
+
+
+def measure_jpeg(data: bytes) -> Size:
+    """Return height and width of a JPEG as it is shown, from its header: nothing is decoded.
+
+    Raises:
+        Undecodable: as `decode_image`, but for damage behind the header.
+    """
+    header = _check_jpeg(data, None)
+    if header is None:
+        return decode_image(data, size=None).shape[:2]
+    turned = bool(header.exif) and (read_exif_orientation(header.exif) or 1) >= 5
+    return (header.width, header.height) if turned else (header.height, header.width)
+
+
+def _check_jpeg(data: bytes, size: Size | None) -> JpegHeader | None:
+    if not data.startswith(JPEG):
+        raise Undecodable("it is no JPEG at all")
+    header = check_header(data, size)
+    try:
+        colors = _read_colors(data)
+    except Exception as error:  # as in `check_header`
+        raise Undecodable(f"it is no JPEG ({summarize_error(error)})") from error
+    if colors not in COLORS:
+        raise Undecodable(f"its colours are {colors}, neither RGB nor grey")
+    return header
 
 
 def check_header(data: bytes, size: Size | None = (SIZE, SIZE)) -> JpegHeader | None:

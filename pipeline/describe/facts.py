@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +20,15 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.dataset.image_stats import Statistics
-from pipeline.dataset.index import load_index
+from pipeline.dataset.index import BLOCK, load_index
 from pipeline.dataset.manifest import COUNTED, DUPLICATES, REJECTS, Manifest, Split, tables_folder
 from pipeline.dataset.tar import escape
 from pipeline.dataset.versions import SealedVersion
+from pipeline.remote.answers import Mismatch
 from pipeline.remote.download import Store
-from pipeline.remote.filesystem import Mismatch, is_remote
+from pipeline.remote.filesystem import (
+    is_remote,
+)
 from pipeline.remote.local import Dataset
 from pipeline.tools.errors import REBUILD, DataError
 from pipeline.tools.files import sha256
@@ -33,6 +37,8 @@ from pipeline.tools.text import human_bytes
 
 LARGEST_LIST = 2**32
 """Most bytes of a list of rejects or duplicates."""
+MOST_SIZES = 1 << 20
+"""Different sizes of images that are told apart."""
 KEPT_GROUPS = 12
 """Groups of duplicates to show."""
 
@@ -48,6 +54,51 @@ standard deviation and RGB direction of each principal component."""
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Distinct sizes in bytes, ascending, and how many images have each: both int64 [s].
+
+    It takes the memory of an index of two million images at most, however many there are: sizes
+    beyond so many different ones are rounded down to a whole number of 2, 4, 8, ... bytes.
+    """
+
+    values: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]
+
+    @classmethod
+    def count(cls, blocks: Iterable[npt.NDArray[np.uint32]]) -> Sizes:
+        """Count the sizes of blocks of images."""
+        values, counts, unit = np.zeros(0, np.int64), np.zeros(0, np.int64), 1
+        for block in blocks:
+            new, times = np.unique(block, return_counts=True)
+            both = np.concatenate([values, new.astype(np.int64) // unit * unit])
+            values, places = np.unique(both, return_inverse=True)
+            counts = np.bincount(places, np.concatenate([counts, times])).astype(np.int64)
+            while len(values) > MOST_SIZES:
+                unit *= 2
+                values, places = np.unique(values // unit * unit, return_inverse=True)
+                counts = np.bincount(places, counts).astype(np.int64)
+        return cls(values, counts)
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def mean(self) -> float:
+        """Mean size in bytes."""
+        return float(self.values @ self.counts) / len(self)
+
+    def percentile(self, share: float) -> float:
+        """Return the size that `share` percent of the images have at most, as `np.percentile`."""
+        place = (len(self) - 1) * share / 100
+        ends = np.cumsum(self.counts)
+        low, high = (
+            float(self.values[np.searchsorted(ends, at, side="right")])
+            for at in (math.floor(place), math.ceil(place))
+        )
+        return low + (high - low) * (place - math.floor(place))
+
+
+@dataclass(frozen=True)
 class SplitFacts:
     """One split in numbers."""
 
@@ -55,8 +106,8 @@ class SplitFacts:
     split: Split
     per_class: npt.NDArray[np.int64]
     """Images of each class; without classes, of all."""
-    image_bytes: npt.NDArray[np.uint32]
-    """Stored bytes of each image."""
+    image_bytes: Sizes
+    """Stored bytes of the images."""
 
 
 @dataclass(frozen=True)
@@ -138,9 +189,12 @@ def gather_facts(data: str, dataset: Dataset) -> Facts:
 
 def _count_split(name: str, dataset: Dataset, manifest: Manifest) -> SplitFacts:
     rows = load_index(dataset.folder, name, manifest)
-    labels = np.maximum(rows["label"], 0)  # without classes, all are of one
-    counts = np.bincount(labels, minlength=max(1, len(manifest.classes)))
-    return SplitFacts(name, manifest.splits[name], counts, rows["size"])
+    counts = np.zeros(max(1, len(manifest.classes)), np.int64)
+    blocks = [slice(start, start + BLOCK) for start in range(0, len(rows), BLOCK)]
+    for block in blocks:  # without classes, all are of one
+        counts += np.bincount(np.maximum(rows["label"][block], 0), minlength=len(counts))
+    sizes = Sizes.count(rows["size"][block] for block in blocks)
+    return SplitFacts(name, manifest.splits[name], counts, sizes)
 
 
 def _compare_component(statistics: Statistics, place: int) -> Component:
@@ -290,9 +344,12 @@ def to_json(facts: Facts, page: str) -> dict[str, Any]:
 
 def _summarize_split(facts: SplitFacts) -> dict[str, Any]:
     counts, sizes = facts.per_class, facts.image_bytes
-    measures: dict[str, Callable[..., Any]] = {
-        "least": np.min, "median": np.median, "mean": np.mean, "most": np.max,
-    }  # fmt: skip
+    measures: dict[str, Callable[[Sizes], float]] = {
+        "least": lambda one: int(one.values[0]),
+        "median": lambda one: one.percentile(50),
+        "mean": lambda one: one.mean,
+        "most": lambda one: int(one.values[-1]),
+    }
     return {
         "samples": facts.split.samples,
         "shards": len(facts.split.shards),
@@ -304,8 +361,7 @@ def _summarize_split(facts: SplitFacts) -> dict[str, Any]:
             "empty": int(np.count_nonzero(counts == 0)),
         },
         "bytes_per_picture": {
-            name: measure(sizes).item() if len(sizes) else None
-            for name, measure in measures.items()
+            name: measure(sizes) if len(sizes) else None for name, measure in measures.items()
         },
     }
 
@@ -356,7 +412,7 @@ def _split_table(facts: Facts) -> Table:
             f"{one.split.samples:,}",
             f"{len(one.split.shards):,}",
             human_bytes(one.split.bytes),
-            human_bytes(float(sizes.mean())) if len(sizes) else "–",
+            human_bytes(sizes.mean) if len(sizes) else "–",
             f"{np.count_nonzero(counts):,}" if facts.manifest.classes else "none",
             f"{counts.min():,}–{counts.max():,}"
             if counts.min() < counts.max()

@@ -85,12 +85,12 @@ def draw_size_chart(facts: SplitFacts, is_alone: bool) -> Chart:
     sizes = facts.image_bytes
     if not len(sizes):
         return Chart(facts.name, Markup(), (), "no images")
-    most = float(np.percentile(sizes, 99.8)) * 1.05
-    counts, edges = np.histogram(sizes, BINS, (0, most))
-    beyond = int(np.count_nonzero(sizes > most))
+    most = sizes.percentile(99.8) * 1.05
+    counts, edges = np.histogram(sizes.values, BINS, (0, most), weights=sizes.counts)
+    beyond = int(sizes.counts[sizes.values > most].sum())
     caption = (
-        f"{sizes.min() / 1e3:,.1f} to {sizes.max() / 1e3:,.1f} kB, "
-        f"mean {sizes.mean() / 1e3:,.1f}, median {np.median(sizes) / 1e3:,.1f}"
+        f"{sizes.values[0] / 1e3:,.1f} to {sizes.values[-1] / 1e3:,.1f} kB, "
+        f"mean {sizes.mean / 1e3:,.1f}, median {sizes.percentile(50) / 1e3:,.1f}"
         + (f"; {beyond:,} beyond the right edge" if beyond else "")
     )
     return _draw_step_chart(facts.name, edges, counts.astype(np.float64),

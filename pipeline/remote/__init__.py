@@ -1,10 +1,11 @@
 """Stores: any address that fsspec knows, with one function that retries requests.
 
+answers      what a store answered: whether and when another try is of use
 cache        shard cache of a node
 dataset      opens a data set in a folder or a store
 download     one file to a local path
 file         a seekable remote file
-filesystem   addresses, file systems, retries, timeouts, error text
+filesystem   addresses, file systems, retries, timeouts
 hub          addresses of the Hugging Face hub, its token and its refusals
 lease        one writer at an address
 local        the interface of a data set, and one in a folder

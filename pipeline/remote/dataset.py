@@ -43,9 +43,14 @@ from pipeline.dataset.versions import (
     read_newest,
     version_place,
 )
+from pipeline.remote.answers import Mismatch
 from pipeline.remote.cache import AS_STORED, LOCKS, Cache
 from pipeline.remote.download import HashCheck, Store, translate_disk_errors
-from pipeline.remote.filesystem import Mismatch, StoreError, is_remote, local_path
+from pipeline.remote.filesystem import (
+    StoreError,
+    is_remote,
+    local_path,
+)
 from pipeline.remote.local import Dataset, LocalDataset
 from pipeline.remote.prefetch import FetchOutcome, ShardPrefetcher
 from pipeline.tools.errors import DamagedFile, DataError, UsageError

@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.dataset.manifest import Shard
+from pipeline.remote.answers import Mismatch, TransferError
 from pipeline.remote.filesystem import (
-    BackgroundCall,
-    Mismatch,
     RetryPolicy,
     Stopped,
-    TransferError,
     check_address,
     join_name,
     open_filesystem,
@@ -27,6 +25,7 @@ from pipeline.remote.filesystem import (
 from pipeline.tools.errors import UsageError
 from pipeline.tools.files import PARTIAL, explain_full_disk, sha256
 from pipeline.tools.text import hide_credentials
+from pipeline.tools.watchdog import BackgroundCall
 
 SLOWEST_DOWNLOAD = 1024
 """Bytes per second: a download that is slower than this over `RetryPolicy.stall` is given up."""

@@ -13,17 +13,17 @@ import tempfile
 from collections.abc import Callable
 from typing import IO, Any, TypeVar
 
+from pipeline.remote.answers import TransferError
 from pipeline.remote.filesystem import (
-    BackgroundCall,
+    Client,
     RetryPolicy,
-    TransferError,
     Unreachable,
     check_address,
     is_web,
-    open_filesystem,
     retry,
     temporary_space,
 )
+from pipeline.tools.watchdog import BackgroundCall
 
 SMALLEST, LARGEST = 1 << 16, 1 << 22
 """Bytes of a block; doubled with each one that follows the last."""
@@ -52,7 +52,7 @@ class RemoteFile(io.RawIOBase):
         super().__init__()
         check_address(address, "source", chain=False)
         self._address, self._policy = address, policy or RetryPolicy()
-        self._system, self._path = open_filesystem(address, self._policy)
+        self._client = Client(address, self._policy)
         self._blocks: list[tuple[int, bytes]] = []
         """Offset and bytes of the last two blocks: readers go a little back and forth."""
         self._next: tuple[int, int, BackgroundCall[bytes]] | None = None
@@ -154,17 +154,17 @@ class RemoteFile(io.RawIOBase):
         return self._retry(lambda: self._request(start, end))
 
     def _request(self, start: int, end: int) -> bytes:
-        data: bytes = self._system.cat_file(self._path, start=start, end=end)
+        data: bytes = self._client.system.cat_file(self._client.path, start=start, end=end)
         if len(data) != end - start:
             raise TransferError(f"{len(data)} bytes came, not {end - start}")
         return data
 
     def _request_size(self) -> int | None:
         """Return the size, or None if the server has no range requests."""
-        if not is_web(self._path):
-            return int(self._system.info(self._path)["size"])
+        if not is_web(self._client.path):
+            return int(self._client.system.info(self._client.path)["size"])
         try:
-            file = self._system.open(self._path, "rb", cache_type="none")
+            file = self._client.system.open(self._client.path, "rb", cache_type="none")
         except FileNotFoundError as error:  # whatever the server answered
             raise error.__cause__ or error from None
         with file:
@@ -180,7 +180,7 @@ class RemoteFile(io.RawIOBase):
     def _download_whole(self) -> IO[bytes]:
         with (
             temporary_space(f"{self._address}, which its server gives only whole"),
-            self._system.open(self._path, "rb", block_size=0) as source,
+            self._client.system.open(self._client.path, "rb", block_size=0) as source,
             contextlib.ExitStack() as cleanup,
         ):
             file = cleanup.enter_context(tempfile.TemporaryFile())

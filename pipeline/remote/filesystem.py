@@ -1,4 +1,4 @@
-"""Everything that a request to a store needs: address, file system, retries, timeouts, error text.
+"""Everything that a request to a store needs: address, file system, retries, timeouts.
 
 A store is any address that fsspec knows: `https://`, `s3://`, `gs://`, `hf://`, and so on.
 Credentials and endpoints are what fsspec and its packages read from the environment: `AWS_PROFILE`,
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import random
@@ -18,20 +19,27 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent import futures
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 from pipeline.remote import hub
+from pipeline.remote.answers import (
+    Mismatch,
+    describe_error,
+    explain_refusal,
+    is_expired,
+    is_permanent,
+    is_refused,
+    read_retry_after,
+)
 from pipeline.tools.errors import DataError, DuetError, SetupError, UsageError, summarize_error
 from pipeline.tools.files import explain_full_disk
 from pipeline.tools.packages import suggest_extra
-from pipeline.tools.text import first_line, hide_credentials
+from pipeline.tools.text import hide_credentials
+from pipeline.tools.watchdog import BackgroundCall
 
 OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
 """Schemes of stores where a file appears only when all of it has been uploaded."""
@@ -45,12 +53,13 @@ SLOWEST_TRANSFER = 100_000
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+(://|::)")
 _LINK = re.compile(r"::(?=[A-Za-z][A-Za-z0-9+.-]+(?:://|::))")
 """The sign between the schemes of a chain, not the one in `[::1]` or in the name of a file."""
-_PERMANENT = (
-    *(FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError),
-    *(ImportError, NotImplementedError, TypeError, ValueError),
-)
 # Jitter comes from a generator of its own: no seed is touched, and forks do not wait in step.
 _jitter = random.SystemRandom()
+_opened: set[Any] = set()
+"""Classes of the file systems that this process has opened."""
+_renewals = itertools.count(1)
+_generation = 0
+"""Times that credentials were renewed; a `Client` of an earlier generation opens anew."""
 
 for _name in ("gcsfs", "s3fs"):
     # They log what they retry; without a handler Python would print that on stderr.
@@ -69,14 +78,6 @@ class Unreachable(StoreError, OSError):
 
 class Stopped(DuetError):
     """The data set was closed while a file was being downloaded."""
-
-
-class Mismatch(Exception):
-    """A file arrived whole, and its bytes are not the expected ones; the message says why."""
-
-
-class TransferError(Exception):
-    """A request was given up: it is stuck, or gives more bytes than it may."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,9 @@ def open_filesystem(
     options = {name: _client_options(name, policy, reports_bytes) for name in schemes}
     if own:
         options[schemes[0]]["client_kwargs"] |= own
-    kind = fsspec.get_filesystem_class(schemes[0])
+    kinds = [fsspec.get_filesystem_class(name) for name in schemes]
+    _opened.update(kinds)
+    kind = kinds[0]
     if reports_bytes and not getattr(kind, "async_impl", True):
         options[schemes[0]]["skip_instance_cache"] = True  # else an instance for each thread
     if "::" in address and len(links) == 1:
@@ -227,6 +230,43 @@ def open_filesystem(
         return fsspec.filesystem(schemes[0], **options), kind._strip_protocol(address)
     system, path = url_to_fs(address, **options)
     return system, path
+
+
+class Client:
+    """The file system of an address, opened anew whenever credentials were renewed."""
+
+    def __init__(
+        self, address: str, policy: RetryPolicy | None = None, *, lists: bool = False
+    ) -> None:
+        """Open it; nothing is sent. Args: as `open_filesystem`."""
+        self._open = partial(open_filesystem, address, policy, lists=lists)
+        self._generation = _generation
+        self._system, self.path = self._open()
+        """Path of the address in the file system."""
+
+    @property
+    def system(self) -> Any:
+        """The fsspec file system; each try of a request asks for it anew."""
+        if self._generation != _generation:
+            self._generation = _generation
+            self._system, self.path = self._open()
+        return self._system
+
+
+def renew_credentials() -> None:
+    """Have every further try read credentials anew from where they come.
+
+    fsspec keeps its file systems, and those what they once read from the environment, files and
+    metadata of the instance: all are forgotten. fsspec's own configuration is read again, too.
+    """
+    global _generation
+    from fsspec import config
+
+    with contextlib.suppress(OSError, ValueError):  # a file that is being written
+        config.set_conf_files(config.conf_dir, config.conf)
+    for kind in tuple(_opened):
+        kind.clear_instance_cache()
+    _generation = next(_renewals)
 
 
 def _client_options(scheme: str, policy: RetryPolicy, reports_bytes: bool) -> dict[str, Any]:
@@ -274,7 +314,8 @@ def retry(
     """Return what `action` returns, tried again with growing pauses while a store fails.
 
     A `DuetError` of `action` is raised at once. A file that is not there or may not be read is
-    tried twice.
+    tried twice. After a refusal the next try has fresh credentials (`renew_credentials`): an
+    `action` that keeps its file system takes it from a `Client`.
 
     Args:
         action: makes one request.
@@ -302,6 +343,8 @@ def retry(
             failure = caught
         if attempt == policy.attempts or (attempt >= 2 and is_permanent(failure)):
             break
+        if is_refused(failure):
+            renew_credentials()
         asked = min(read_retry_after(failure), policy.request_timeout())
         pause = max(asked, policy.delay(attempt) * _jitter.uniform(0.75, 1.25))
         if stop is None:
@@ -310,122 +353,21 @@ def retry(
             raise Stopped(hide_credentials(f"{address} was not {done}: the data set was closed"))
     times = "once" if attempt == 1 else f"{attempt} times in {time.monotonic() - began:.0f} s"
     what = f"{address} could not be {done}, tried {times}: {describe_error(failure)}"
-    asked = read_retry_after(failure)
-    way = f"try again in {asked:.0f} s, as it asks" if asked else "try again later"
-    if is_permanent(failure):
-        way = explain_refusal(failure) or "check the address and the credentials"
     if isinstance(failure, Mismatch):
-        error, way = DataError, "repair the data set in the store"
-    raise error(f"{hide_credentials(what)}; {way}") from failure
+        error = DataError
+    raise error(f"{hide_credentials(what)}; {_suggest_way(failure)}") from failure
 
 
-class BackgroundCall(Generic[T]):
-    """A call in a daemon thread of its own, which is abandoned when nobody waits for it."""
-
-    def __init__(self, action: Callable[[], T]) -> None:
-        self._future = Future[T]()
-        threading.Thread(
-            target=self._run, args=(action,), name="request to a store", daemon=True
-        ).start()
-
-    def wait(self, seconds: float | None) -> bool:
-        """Wait for the end of the call, at most so many seconds; return whether it has ended."""
-        return bool(futures.wait([self._future], seconds).done)
-
-    def result(self, seconds: float | None = None) -> T:
-        """Return or raise what the call returned or raised.
-
-        Raises:
-            TransferError: it has not ended after `seconds`.
-        """
-        if not self.wait(seconds):
-            raise TransferError(f"no answer for {seconds:g} s")
-        return self._future.result()
-
-    def _run(self, action: Callable[[], T]) -> None:
-        try:
-            self._future.set_result(action())
-        except BaseException as error:  # handed to the waiting thread
-            self._future.set_exception(error)
-
-
-def is_permanent(error: BaseException) -> bool:
-    """Return whether another try is of no use: not there, not allowed, not an address."""
-    status = _http_status(error)
-    if status is not None:
-        return 400 <= status < 500 and status not in (408, 425, 429)
-    return isinstance(error, _PERMANENT) or "Credential" in type(error).__name__
-
-
-def is_missing(error: BaseException | None) -> bool:
-    """Return whether a store answered that there is no such file."""
-    return isinstance(error, FileNotFoundError) or (
-        error is not None and _http_status(error) in (404, 410)
-    )
-
-
-def describe_error(error: BaseException) -> str:
-    """Return in one line what a store answered."""
-    status = _http_status(error)
-    answer = f" (HTTP {status})" if status else ""
-    # The whole first line: of an `OSError`, the system's words alone would lack the host.
-    words = first_line(str(error)) or "no reason given"
-    if isinstance(error, FileNotFoundError):
-        return f"it is not there{answer}"
-    if isinstance(error, PermissionError):
-        return f"access denied{answer}: {words}"
-    if isinstance(error, (Mismatch, TransferError)):
-        return words
-    return f"{type(error).__name__}{answer}: {words}"
-
-
-def explain_refusal(error: BaseException) -> str:
-    """Return the way out of a refusal if the store tells one by its answer; else ""."""
-    return hub.advise(_read_headers(error))
-
-
-def _http_status(error: BaseException) -> int | None:
-    """Return the HTTP status that an error of a store's package stands for."""
-    for attribute in ("status", "code"):  # aiohttp, gcsfs
-        found = str(getattr(error, attribute, ""))
-        if found.isdigit():
-            return int(found)
-    for one in (error, error.__cause__):  # huggingface_hub, and over its error fsspec
-        status = getattr(getattr(one, "response", None), "status_code", None)
-        if isinstance(status, int):
-            return status
-    answer = getattr(error.__cause__, "response", None)  # s3fs, over botocore's error
-    if isinstance(answer, dict):
-        status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        return status if isinstance(status, int) else None
-    return None
-
-
-def read_retry_after(error: BaseException) -> float:
-    """Return the seconds that a server asks to wait (`Retry-After`); 0 if it does not."""
-    asked = _read_headers(error).get("retry-after", "")
-    if asked.isdecimal():
-        return float(asked)
-    try:
-        until = parsedate_to_datetime(asked)
-    except (ValueError, TypeError, OverflowError):
-        return 0.0
-    until = until if until.tzinfo else until.replace(tzinfo=UTC)
-    return max(0.0, (until - datetime.now(UTC)).total_seconds())
-
-
-def _read_headers(error: BaseException) -> dict[str, str]:
-    """Return the headers of the answer that an error stands for, names in small letters."""
-    headers = getattr(error, "headers", None)  # aiohttp's
-    for one in (error, error.__cause__):
-        answer = getattr(one, "response", None)
-        if isinstance(answer, Mapping):  # botocore's
-            headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders")
-        elif answer is not None:  # huggingface_hub's
-            headers = getattr(answer, "headers", None)
-    if not isinstance(headers, Mapping):
-        return {}
-    return {str(name).lower(): str(value).strip() for name, value in headers.items()}
+def _suggest_way(failure: Exception) -> str:
+    """Return a way out of the failure of the last try."""
+    if isinstance(failure, Mismatch):
+        return "repair the data set in the store"
+    if is_expired(failure):
+        return "renew the credentials where they are kept, which was read again for each try"
+    if is_permanent(failure):
+        return explain_refusal(failure) or "check the address and the credentials"
+    asked = read_retry_after(failure)
+    return f"try again in {asked:.0f} s, as it asks" if asked else "try again later"
 
 
 @dataclass(frozen=True)
@@ -470,12 +412,12 @@ class StoreFolder:
         Raises:
             StoreError: the store failed at each try.
         """
-        system, root = open_filesystem(self.url, self.policy)
-        path = join_name(root, name)
+        client = Client(self.url, self.policy)
 
         def send() -> T:
+            system = client.system
             system.invalidate_cache()  # other processes write here, too
-            return action(system, path)
+            return action(system, join_name(client.path, name))
 
         return retry(send, f"{self.url}/{name}".rstrip("/"), self.policy, done=done, size=size)
 

@@ -15,6 +15,7 @@ from pipeline.dataset.versions import (
     read_local,
 )
 from pipeline.tools.errors import REBUILD, DataError
+from pipeline.tools.watchdog import FileAccess
 
 
 class Dataset(Protocol):
@@ -116,13 +117,17 @@ class LocalDataset:
     def fetch_shard(self, shard: Shard) -> Path:
         """See `Dataset`."""
         path = self.root / shard.name
-        if not path.is_file():
+        with FileAccess(path):
+            is_there = path.is_file()
+        if not is_there:
             raise DataError(f"shard {path} is missing; restore it, or {REBUILD}")
         return path
 
     def open(self, shard: Shard) -> BinaryIO:
         """See `Dataset`."""
-        return self.fetch_shard(shard).open("rb")
+        path = self.fetch_shard(shard)
+        with FileAccess(path):
+            return path.open("rb")
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
         """Do nothing: all shards are local."""

@@ -19,12 +19,12 @@ from urllib.parse import urlsplit
 
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import VERSIONS
+from pipeline.remote.answers import describe_error
 from pipeline.remote.filesystem import (
     OBJECT_STORES,
     StoreError,
     StoreFolder,
     check_address,
-    describe_error,
     is_remote,
     local_path,
     none_if_missing,

@@ -14,27 +14,27 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache, partial
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import BinaryIO, NamedTuple, TypeVar, cast
 
 import braceexpand
 
+from pipeline.remote.answers import explain_refusal
 from pipeline.remote.file import RemoteFile
 from pipeline.remote.filesystem import (
-    BackgroundCall,
+    Client,
     RetryPolicy,
     Unreachable,
     check_address,
-    explain_refusal,
     is_remote,
     is_web,
     join_name,
     local_path,
-    open_filesystem,
     retry,
 )
 from pipeline.sources.names import is_archive, is_document, is_image
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.tools.text import hide_credentials
+from pipeline.tools.watchdog import BackgroundCall
 
 MOST_FILES = 1_000_000
 THREADS = 8
@@ -205,19 +205,22 @@ def scan_each(
 
 def _find_remote(source: str, ending: str, pattern: bool) -> SourceFiles | None:
     check_address(source, "source", chain=False)
-    system, path = open_filesystem(source, lists=True)
+    client = Client(source, lists=True)
     safe = hide_credentials(source)
-    if pattern and (found := _expand_remote(source, system)) != [source]:
+    if pattern and (found := _expand_remote(source, client)) != [source]:
         return _select_files(found, ending, None)
-    if path.lower().endswith(ending):
+    if client.path.lower().endswith(ending):
         return SourceFiles((source,), None)
     # Names of folders have dots, too: "imagenet-1.0", and the revision of "set@v1.2".
-    if is_web(source) or is_image(path) or is_archive(path) or is_document(path):
+    if is_web(source) or any(
+        is_kind(client.path) for is_kind in (is_image, is_archive, is_document)
+    ):
         return None
 
     def list_store(folder: str) -> list[str]:
         try:
-            return [system.unstrip_protocol(name) for name in system.ls(folder, detail=False)]
+            names = client.system.ls(folder, detail=False)
+            return [client.system.unstrip_protocol(name) for name in names]
         except FileNotFoundError as error:
             if explain_refusal(error):  # nobody can tell whether there is something
                 raise
@@ -232,7 +235,7 @@ def _find_remote(source: str, ending: str, pattern: bool) -> SourceFiles | None:
     return _find_in_folders(source.rstrip("/"), ending, list_names)
 
 
-def _expand_remote(source: str, system: Any) -> list[str]:
+def _expand_remote(source: str, client: Client) -> list[str]:
     """Return the addresses that a pattern names; the source alone if it is none after all."""
     safe, found = hide_credentials(source), []
 
@@ -240,7 +243,9 @@ def _expand_remote(source: str, system: Any) -> list[str]:
     def exists(name: str) -> bool:
         if is_web(source):  # it cannot be searched: brackets are part of a name
             return "*" not in base_name(name)
-        return bool(retry(partial(system.exists, name), safe, RetryPolicy(), error=Unreachable))
+        return retry(
+            lambda: bool(client.system.exists(name)), safe, RetryPolicy(), error=Unreachable
+        )
 
     for name in _expand_braces(source):
         mask = _escape_existing(name, exists)
@@ -252,8 +257,9 @@ def _expand_remote(source: str, system: Any) -> list[str]:
         if mask is None:
             found.append(name)
             continue
-        hits = retry(partial(system.glob, mask), safe, RetryPolicy(), error=Unreachable)
-        found += [system.unstrip_protocol(hit) for hit in sorted(hits)]
+        find = partial(lambda mask: client.system.glob(mask), mask)
+        hits = retry(find, safe, RetryPolicy(), error=Unreachable)
+        found += [client.system.unstrip_protocol(hit) for hit in sorted(hits)]
     return found
 
 

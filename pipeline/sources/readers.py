@@ -6,23 +6,22 @@ import itertools
 import os
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.dataset.tar import ENCODING, escape
+from pipeline.remote.answers import is_missing
 from pipeline.remote.filesystem import (
-    BackgroundCall,
+    Client,
     RetryPolicy,
     Unreachable,
-    is_missing,
     is_remote,
     is_web,
     join_name,
-    open_filesystem,
     retry,
 )
 from pipeline.sources.listing import (
@@ -46,6 +45,7 @@ from pipeline.sources.paths import open_file
 from pipeline.tools.errors import MEDIUM_ERRORS, SYSTEM_ERRORS, summarize_error
 from pipeline.tools.processes import limit_memory
 from pipeline.tools.text import hide_credentials
+from pipeline.tools.watchdog import BackgroundCall, FileAccess
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -216,12 +216,13 @@ class FolderReader:
         """Return the bytes of file `name`; see `SourceReader`."""
         path = os.path.join(self._folder.encode(*ENCODING), name.encode(*ENCODING))
         try:
-            # Without O_NONBLOCK, a pipe named as an image would be waited for.
-            file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-            try:
-                return _read_all(file)
-            finally:
-                os.close(file)
+            with FileAccess(f"{self._folder}/{name}"):
+                # Without O_NONBLOCK, a pipe named as an image would be waited for.
+                file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+                try:
+                    return _read_all(file)
+                finally:
+                    os.close(file)
         except OSError as error:
             if error.errno in SYSTEM_ERRORS:
                 raise
@@ -271,7 +272,7 @@ class StoreFolderReader:
     ) -> None:
         """Request nothing yet; see `open_reader`."""
         self._address, self._policy = address, policy or RetryPolicy()
-        self._system, self._path = open_filesystem(address, self._policy)
+        self._client = Client(address, self._policy)
         self._wanted = deque(
             one
             for name, size in wanted
@@ -341,20 +342,23 @@ class StoreFolderReader:
 
     def _require_folder(self) -> None:
         """Raise OSError if the whole folder went away."""
-        system, path = open_filesystem(self._address, self._policy, lists=True)
+        client = Client(self._address, self._policy, lists=True)
 
         def ask() -> bool:
+            system = client.system
             system.invalidate_cache()
-            return bool(system.exists(path))
+            return bool(system.exists(client.path))
 
         # A web server need not show a folder to have files in it.
-        if not is_web(path) and not retry(ask, self._address, self._policy, error=Unreachable):
+        if not is_web(client.path) and not retry(
+            ask, self._address, self._policy, error=Unreachable
+        ):
             raise OSError(f"{hide_credentials(self._address)} is not there any more")
 
     def _request(self, name: str) -> bytes:
         # From a place on, as s3fs asks for the size of a whole file first, in a request of its own.
-        start = None if is_web(self._path) else 0
-        return bytes(self._system.cat_file(join_name(self._path, name), start=start))
+        start = None if is_web(self._client.path) else 0
+        return bytes(self._client.system.cat_file(join_name(self._client.path, name), start=start))
 
 
 class TarReader:
@@ -367,14 +371,20 @@ class TarReader:
             OSError: it cannot be opened; of a store, `Unreachable`.
         """
         self._address = address
-        self._file = open_file(address, policy)
+        # A store's requests are watched where they are made.
+        self._watch: Callable[[], AbstractContextManager[None]] = (
+            nullcontext if is_remote(address) else partial(FileAccess, address)
+        )
+        with self._watch():
+            self._file = open_file(address, policy)
 
     def read(self, name: str, place: int, size: int) -> bytes:
         """Return `size` bytes at `place`; see `SourceReader`."""
         refuse_if_too_large(size)
         try:
-            self._file.seek(place)
-            data = self._file.read(size)
+            with self._watch():
+                self._file.seek(place)
+                data = self._file.read(size)
         except OSError as error:
             if error.errno not in MEDIUM_ERRORS:
                 raise

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from urllib.parse import unquote
 
 from pipeline.dataset.tar import escape
+from pipeline.remote.answers import is_permanent
 from pipeline.remote.filesystem import (
+    Client,
     RetryPolicy,
     Unreachable,
     check_address,
-    is_permanent,
     is_web,
     join_name,
-    open_filesystem,
     retry,
 )
 from pipeline.sources.folders import FolderContents, check_files, choose_split, select_images
@@ -60,8 +60,8 @@ def scan_store_folders(
         Unreachable: the store does not answer.
     """
     check_address(source, "source", chain=False)
-    system, path = open_filesystem(source, lists=True)
-    top = ListedFolder(system, source.rstrip("/"), path.rstrip("/"))
+    client = Client(source, lists=True)
+    top = ListedFolder(client, source.rstrip("/"), client.path.rstrip("/"))
     found = top.list()
     if not found.inside.folders and not found.inside.files:
         return None
@@ -96,7 +96,7 @@ def scan_store_folders(
 class ListedFolder(NamedTuple):
     """A folder in a store."""
 
-    system: Any
+    client: Client
     address: str
     path: str
     """Its path in the file system."""
@@ -104,7 +104,7 @@ class ListedFolder(NamedTuple):
     def enter(self, name: str) -> ListedFolder:
         """Return a folder in this one."""
         places = (join_name(place, name) for place in (self.address, self.path))
-        return ListedFolder(self.system, *places)
+        return ListedFolder(self.client, *places)
 
     def walk(self) -> Iterator[StoreFolderPart]:
         """Yield the folders in this one before itself, each once, in the order of their names."""
@@ -138,7 +138,7 @@ class ListedFolder(NamedTuple):
     def _request(self) -> set[tuple[str, bool, int | None]]:
         """Return name, whether it is a folder, and size of each entry, as the store lists them."""
         try:
-            entries = self.system.ls(self.path, detail=True)
+            entries = self.client.system.ls(self.path, detail=True)
         except FileNotFoundError:
             return set()
         except Exception as error:
@@ -148,7 +148,7 @@ class ListedFolder(NamedTuple):
         finally:
             # Listings that the file system keeps would grow with the set.
             with suppress(FileNotFoundError):
-                self.system.invalidate_cache(self.path)
+                self.client.system.invalidate_cache(self.path)
         found, start = set(), f"{self.path}/"
         for entry in entries:
             full, is_folder = str(entry["name"]), entry["type"] == "directory"

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.dataset.segments import Segments, find_segment
-from pipeline.stream.augment import DRAW_WORDS, Uint64s, random_uint64, to_unit
+from pipeline.stream.augment import DRAW_WORDS, Uint64s, draw_below, random_uint64, to_unit
 
 Ids = npt.NDArray[np.int64]
 Weights = npt.NDArray[np.float64]
@@ -155,15 +155,14 @@ class FullShuffle(Order):
         super().__init__(shards, seed, selected=selected)
         # Per-instance cache: a shared one would thrash when several streams are open.
         samples = self.samples
-        self._parts = lru_cache(maxsize=2)(lambda epoch: _assign_parts(seed, epoch, samples))
-        parts = self._parts
+        self._edges = lru_cache(maxsize=2)(lambda epoch: _find_edges(seed, epoch, samples))
         self._part = lru_cache(maxsize=2)(
-            lambda epoch, number: _shuffle_part(seed, epoch, samples, number, *parts(epoch))
+            lambda epoch, number: _shuffle_part(seed, epoch, samples, number)
         )
 
     def list_places(self, epoch: int, place: int, most: int) -> Ids:
         """Return the samples from `place` of `epoch` on."""
-        _, edges = self._parts(epoch)
+        edges = self._edges(epoch)
         number = _find_interval(edges, place)
         first = place - int(edges[number])
         return self._part(epoch, number)[first : first + most]
@@ -479,27 +478,26 @@ class SegmentedOrder:
 AnyOrder = Order | Mixture | SegmentedOrder
 
 
-def _assign_parts(seed: int, epoch: int, samples: int) -> tuple[npt.NDArray[np.uint16], Ids]:
-    """Return the part of an epoch that each sample is in, and the places where parts start, and N.
-
-    uint16 [samples] and int64 [parts + 1].
-    """
-    count = 1 + samples // PART
-    if count == 1:
-        return np.zeros(0, np.uint16), np.array([0, samples])
-    drawn = _make_generator(seed, epoch).integers(0, count, samples, dtype=np.uint16)
-    sizes = np.bincount(drawn, minlength=count)
-    return drawn, np.concatenate(([0], np.cumsum(sizes)))
+def _find_edges(seed: int, epoch: int, samples: int) -> Ids:
+    """Return the places of an epoch where its parts start, and N, int64 [parts + 1]."""
+    if (count := 1 + samples // PART) == 1:
+        return np.array([0, samples])
+    drawn = draw_below(_make_generator(seed, epoch), count, samples)
+    sizes = sum(np.bincount(block, minlength=count) for block in drawn)
+    return np.concatenate(([0], np.cumsum(sizes)))
 
 
-def _shuffle_part(
-    seed: int, epoch: int, samples: int, number: int, drawn: npt.NDArray[np.uint16], edges: Ids
-) -> Ids:
+def _shuffle_part(seed: int, epoch: int, samples: int, number: int) -> Ids:
     """Return the ids of a part of an epoch in their order, int64 (read-only)."""
-    if len(edges) == 2:
+    if (count := 1 + samples // PART) == 1:
         ids = _make_generator(seed, epoch).permutation(samples)
     else:
-        ids = np.flatnonzero(drawn == number)
+        # Drawn anew for each part: 2 bytes a sample would be 2 GB for a billion.
+        drawn, start, found = draw_below(_make_generator(seed, epoch), count, samples), 0, []
+        for block in drawn:
+            found.append(np.flatnonzero(block == number) + start)
+            start += len(block)
+        ids = np.concatenate(found)
         _make_generator(seed, epoch, number + 1).shuffle(ids)
     ids.flags.writeable = False
     return ids

@@ -9,12 +9,16 @@ import weakref
 from collections.abc import Iterator
 from typing import Generic, TypeAlias, TypeVar
 
+from pipeline.tools.watchdog import await_thread, find_hang
+
 T = TypeVar("T")
 _Queue: TypeAlias = queue.Queue[tuple[T | None, BaseException | None]]
 """Pairs of an item and None, or of None and the error in its place; two Nones at the end."""
 
 JOIN_TIMEOUT = 5.0
 """Seconds that the end of the interpreter waits for a thread that makes an item."""
+POLL = 1.0
+"""Seconds between two looks whether the thread hangs in a read."""
 
 
 class Prefetcher(Generic[T]):
@@ -36,10 +40,11 @@ class Prefetcher(Generic[T]):
         Raises:
             StopIteration: there are no more items.
             Exception: the iterator raised it in place of the item; then StopIteration.
+            Hang: the thread hangs in a read of a file, which cannot be interrupted.
         """
         if not self._finalizer.alive:
             raise StopIteration
-        item, error = self._queue.get()
+        item, error = self._wait()
         if item is None:
             self.close()
             raise error or StopIteration
@@ -56,11 +61,21 @@ class Prefetcher(Generic[T]):
         The thread is stopped as well at interpreter exit and when this is collected.
         """
         self._finalizer()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        while self._thread is not threading.current_thread() and self._thread.is_alive():
+            if find_hang(self._thread):
+                return  # the thread is left behind
+            self._thread.join(POLL)
+
+    def _wait(self) -> tuple[T | None, BaseException | None]:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=POLL)
+            if hang := find_hang(self._thread):
+                return None, hang
 
 
 def _fill_queue(items: Iterator[T], made: _Queue[T], stop: threading.Event) -> None:
+    await_thread()
     try:
         for item in items:
             made.put((item, None))
@@ -76,5 +91,5 @@ def _stop_thread(thread: threading.Thread, made: _Queue[T], stop: threading.Even
     with contextlib.suppress(queue.Empty):  # make room for an item that waits for a slot
         while True:
             made.get_nowait()
-    if thread is not threading.current_thread():
+    if thread is not threading.current_thread() and not find_hang(thread):
         thread.join(JOIN_TIMEOUT)

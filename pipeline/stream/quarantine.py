@@ -21,7 +21,7 @@ from pipeline.stream import operators as dali
 from pipeline.stream.order import Ids
 from pipeline.stream.shard_reader import Bytes, Damage
 from pipeline.tools.errors import UsageError
-from pipeline.tools.files import NoLocks, flock
+from pipeline.tools.files import LockHang, NoLocks, flock
 from pipeline.tools.jsonl import parse_rows
 
 EOI = b"\xff\xd9"
@@ -255,7 +255,7 @@ class _QuarantineFile:
     def append(self, damages: list[Damage]) -> None:
         """Append the samples that are not listed; other processes may do the same at this time."""
         with self._open("a+b") as file:
-            with suppress(NoLocks):  # of two rows of the same moment the list may then lack one
+            with suppress(NoLocks, LockHang):  # of two rows of one moment the list may lack one
                 flock(file, wait=True)
             if os.fstat(file.fileno()).st_size < self._end:  # moved away: this is a new one
                 self._listed.clear()

@@ -39,6 +39,8 @@ from pipeline.remote.local import Dataset, LocalDataset
 from pipeline.stream.order import Ids
 from pipeline.stream.timing import Spent
 from pipeline.tools.errors import REBUILD, DamagedFile, DataError, DuetError, SetupError, UsageError
+from pipeline.tools.files import is_network_mount
+from pipeline.tools.watchdog import FileAccess
 
 Bytes = npt.NDArray[np.uint8]
 Flags = npt.NDArray[np.bool_]
@@ -85,7 +87,8 @@ class ShardReader:
 
     Reads use pread, so a truncated shard or a bad sector damages samples instead of raising SIGBUS.
     Raw images are memory-mapped from their second read on: they are eight times as large as JPEGs,
-    and copying them cost 25 % of the throughput of a CPU (measured).
+    and copying them cost 25 % of the throughput of a CPU (measured). Those on a network mount are
+    not: a thread that waits for a page of one cannot be left behind where it is DALI's.
     """
 
     def __init__(
@@ -130,7 +133,7 @@ class ShardReader:
         self._lock = RLock()  # of the files: `Stream[key]` reads beside the stream's thread
         self._files: OrderedDict[int, _ShardFile] = OrderedDict()
         self._finalizer = weakref.finalize(self, _close_all, self._files)
-        self.maps = maps and self.encoding == "raw"
+        self.maps = maps and self.encoding == "raw" and not is_network_mount(dataset.folder)
         """True if images are mapped from their second read on."""
         self._opening = self._reading = self._checking = 0.0
         self._read_before = np.zeros(len(self._index) if self.maps else 0, bool)
@@ -186,7 +189,7 @@ class ShardReader:
         """Tell the kernel to read samples `ids` (int64 [b]) from the disk; does not wait."""
         rows = self._index[ids]
         columns = (rows[name].tolist() for name in ("shard", "offset", "size"))
-        with self._lock:
+        with self._lock, FileAccess(self._dataset.folder):
             for shard, offset, size in zip(*columns, strict=True):
                 # A shard that is not open may have to be fetched first, which takes long.
                 if (file := self._files.get(shard)) is not None:
@@ -225,10 +228,11 @@ class ShardReader:
             if self.maps and self._read_before[ids[place]]:
                 file = self._file(shard)
                 # Touching what was cut off since the shard was mapped would raise SIGBUS.
-                whole = os.fstat(file.number).st_size >= offset + size
-                if whole and self._crc(view := file.mapped[offset : offset + size]) == crc:
-                    views.append(view)
-                    continue
+                with self._watch(shard):
+                    whole = os.fstat(file.number).st_size >= offset + size
+                    if whole and self._crc(view := file.mapped[offset : offset + size]) == crc:
+                        views.append(view)
+                        continue
                 view = np.empty(size, np.uint8)
             else:
                 view = buffer[start : start + size]
@@ -430,10 +434,11 @@ class ShardReader:
     def _fill(self, view: memoryview, shard: int, offset: int, crc: int) -> str | None:
         """Read and check one sample; return what is wrong with it, or None."""
         try:
-            file = self._file(shard).number
-            start = perf_counter()
-            count = os.preadv(file, [view], offset)
-            self._reading += perf_counter() - start
+            file = self._file(shard).number  # a download may take long, and is watched by itself
+            with self._watch(shard):
+                start = perf_counter()
+                count = os.preadv(file, [view], offset)
+                self._reading += perf_counter() - start
         except OSError as error:
             what = f"cannot be read ({error.strerror})"
             if error.errno in (errno.EIO, errno.EBADMSG, errno.EUCLEAN):
@@ -446,6 +451,9 @@ class ShardReader:
         if count < len(view):
             return "the shard ends before it does"
         return None if self._crc(view) == crc else "CRC-32 differs"
+
+    def _watch(self, shard: int) -> FileAccess:
+        return FileAccess(self._dataset.folder / self.shards[shard].name)
 
     def _crc(self, view: memoryview | Bytes) -> int:
         start = perf_counter()

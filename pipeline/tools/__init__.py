@@ -9,11 +9,11 @@ jsonl       reader of JSON lines
 packages    releases of installed packages, and what brings a missing one
 processes   worker pools, isolated calls
 progress    progress bar
-renames     commands under their former names
-startup     first line of a command, before slow imports
+startup     before imports: former names of commands, a first line where they are slow
 stdio       standard output and error of a command
 tables      columns of CSV, JSON lines and Parquet
 terminal    rich's console for text that comes from elsewhere
 text        numbers and messages as people read them
 units       sizes as people write them, cores and memory that this process may use
+watchdog    calls that may not return: files on a mount that hangs
 """

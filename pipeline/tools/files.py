@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from pipeline.tools.errors import SetupError, UsageError
+from pipeline.tools.watchdog import BackgroundCall, FileAccess, NoAnswer
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a disk that is full, or on which the user may write no more."""
@@ -25,14 +26,29 @@ PARTIAL = ".partial"
 HELD = 64 * 2**20
 """Bytes: `HashedFile` keeps files up to this size in memory. Parts of larger ones are read again,
 out of the page cache, where the pass for the hash has just put them."""
+_BLOCK = 1 << 20
+"""Bytes that are hashed at a time."""
 LONGEST_NAME = 255
 """Bytes of a file name that file systems take."""
+LOCK_TIMEOUT = 30.0
+"""Seconds in which `flock` answers, or counts as hung."""
+_NO_LOCKS = frozenset(
+    {
+        *(errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP),  # Lustre without `-o flock`, NFS, FUSE
+        *(errno.EINTR, errno.EINVAL, errno.EIO, errno.EACCES, errno.EPERM),
+    }
+)
+"""Errors of `flock` on file systems that have none, or whose lock service is down."""
 _held_locks: set[int] = set()
-"""Descriptors of the locks that this process holds."""
+"""Descriptors of the locks that this process holds, or waits for."""
 
 
 class NoLocks(SetupError):
     """The file system of a file has no working `flock`."""
+
+
+class LockHang(SetupError):
+    """`flock` does not return: whether another process holds the lock cannot be told."""
 
 
 @contextmanager
@@ -156,8 +172,22 @@ def read_document(path: Path) -> str:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal, as `sha256sum` prints it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with FileAccess(path):
+        file = path.open("rb", buffering=0)
+    with file:
+        return _hash_file(path, file)
+
+
+def _hash_file(path: Path, file: io.FileIO) -> str:
+    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK))
+    while size := _read_block(path, file, block):
+        digest.update(block[:size])
+    return digest.hexdigest()
+
+
+def _read_block(path: Path, file: io.FileIO, block: memoryview) -> int:
+    with FileAccess(path):
+        return file.readinto(block) or 0
 
 
 class HashedFile:
@@ -175,17 +205,20 @@ class HashedFile:
         Raises:
             OSError: it cannot be opened. An error of reading is in `error`, and raised by `read`.
         """
-        self._file = path.open("rb", buffering=0)
-        self.size = os.fstat(self._file.fileno()).st_size
+        with FileAccess(path):
+            self._file = path.open("rb", buffering=0)
+            self.size = os.fstat(self._file.fileno()).st_size
+        self._path = path
         self.sha256: str | None = None
         self.error: OSError | None = None
         self._data: bytes | None = None
         try:
             if self.size <= HELD:
-                self._data = self._file.readall()
+                with FileAccess(path):
+                    self._data = self._file.readall()
                 self.sha256 = hashlib.sha256(self._data).hexdigest()
             else:
-                self.sha256 = hashlib.file_digest(self._file, "sha256").hexdigest()
+                self.sha256 = _hash_file(path, self._file)
         except OSError as error:
             self.error = error
 
@@ -198,7 +231,8 @@ class HashedFile:
         if self._data is not None:
             return memoryview(self._data)[offset : offset + size]
         size = min(size, self.size - offset)
-        return os.pread(self._file.fileno(), size, offset) if size > 0 else b""
+        with FileAccess(self._path):
+            return os.pread(self._file.fileno(), size, offset) if size > 0 else b""
 
     def stream(self) -> BinaryIO:
         """Return a seekable file at its beginning."""
@@ -254,8 +288,10 @@ def try_lock(path: Path) -> int | None:
 
     Raises:
         NoLocks: the file system has no flock.
+        LockHang: it does not answer.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with FileAccess(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         flock(descriptor, wait=False)
     except BlockingIOError:
@@ -279,11 +315,33 @@ def flock(file: int | IO[Any], *, wait: bool) -> None:
     Raises:
         BlockingIOError: another process holds the lock, and `wait` is False.
         NoLocks: the file system has no flock, as Lustre without `-o flock` and some FUSE mounts.
+        LockHang: the call has not returned after `LOCK_TIMEOUT` seconds; with `wait`, another
+            process may hold the lock.
     """
+    # The call is made on a second descriptor, which is the thread's: if it returns after it was
+    # given up, the lock is free again as soon as both are closed.
+    given = file if isinstance(file, int) else file.fileno()
+    descriptor = os.dup(given)
+    _held_locks.add(descriptor)
+
+    def lock() -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        finally:
+            _held_locks.discard(descriptor)
+            os.close(descriptor)
+
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        BackgroundCall(lock, "flock").result(LOCK_TIMEOUT)
+    except NoAnswer as error:
+        raise LockHang(
+            f"{Path(f'/proc/self/fd/{given}').readlink()} cannot be locked (flock has not "
+            f"answered for {LOCK_TIMEOUT:.0f} s, as where the lock service of NFS or FUSE hangs); "
+            "mend the mount, mount NFS with -o local_lock=flock if one node uses it, or name a "
+            "folder on a local disk"
+        ) from error
     except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno in _NO_LOCKS:
             raise NoLocks(f"no flock on its file system: {error.strerror}") from error
         raise
 
@@ -295,6 +353,26 @@ def unlock(descriptor: int) -> None:
         with suppress(OSError):  # closing releases it, too
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+_NETWORK = re.compile(
+    "nfs|lustre|cifs|smb|ceph|fuse|9p|afs|gfs|gpfs|beegfs|gluster|virtiofs|orangefs|pvfs|weka|panfs"
+)
+
+
+def is_network_mount(path: Path) -> bool:
+    """Return whether a path lies on a mount of another machine, or of a program (FUSE).
+
+    False where the kernel does not say.
+    """
+    with suppress(OSError):
+        device = path.stat().st_dev
+        number = f"{os.major(device)}:{os.minor(device)}"
+        for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+            words = line.split()  # proc(5): the device is the third, the type after a lone `-`
+            if words[2] == number:
+                return _NETWORK.match(words[words.index("-") + 1]) is not None
+    return False
 
 
 _FOREIGN = {

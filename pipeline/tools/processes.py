@@ -32,6 +32,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, ParamSpec, Protocol, TypeVar, cast
 
 from pipeline.tools.errors import DuetError
+from pipeline.tools.watchdog import end_process_on_hang
 
 READ_AHEAD = 16
 """Items that `read_ahead` reads or holds at a time."""
@@ -56,6 +57,7 @@ def tie_to_parent() -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     request_parent_death_signal(signal.SIGKILL)
+    end_process_on_hang()
 
 
 def request_parent_death_signal(number: int) -> None:

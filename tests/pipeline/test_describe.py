@@ -17,7 +17,7 @@ from PIL import Image
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, Shard, Split
 from pipeline.describe.__main__ import find_name, main
-from pipeline.describe.facts import ORIGINAL_VECTORS, SplitFacts, gather_facts
+from pipeline.describe.facts import ORIGINAL_VECTORS, Sizes, SplitFacts, gather_facts
 from pipeline.describe.figures import (
     add_shift,
     compute_basis,
@@ -269,7 +269,9 @@ def test_names() -> None:
 def split_of(per_class: list[int], sizes: list[int]) -> SplitFacts:
     shard = Shard(name="x", samples=len(sizes), bytes=1, sha256="", idx_sha256="")
     split = Split(shards=(shard,), index_sha256="")
-    return SplitFacts("train", split, np.array(per_class), np.array(sizes, np.uint32))
+    return SplitFacts(
+        "train", split, np.array(per_class), Sizes.count([np.array(sizes, np.uint32)])
+    )
 
 
 def test_charts_of_many_and_of_few_classes(tiny_data: Path) -> None:
@@ -290,3 +292,19 @@ def test_histogram_counts_every_size() -> None:
     assert len(set(re.findall(r"[ML] [\d.]+ ([\d.]+)", path))) == 3  # nothing, seven and three
     assert chart.caption == "10.0 to 20.0 kB, mean 13.0, median 10.0"
     assert draw_size_chart(split_of([0], []), True).svg == ""
+
+
+def test_sizes_are_counted_in_blocks_as_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(1, 3000, 5001).astype(np.uint32)
+    blocks = np.array_split(sizes, 7)
+    found = Sizes.count(blocks)
+    assert len(found) == 5001
+    assert found.mean == pytest.approx(sizes.mean())
+    for share in (0, 12.5, 50, 99.8, 100):
+        assert found.percentile(share) == pytest.approx(np.percentile(sizes, share))
+    monkeypatch.setattr("pipeline.describe.facts.MOST_SIZES", 100)
+    coarse = Sizes.count(blocks)
+    assert len(coarse) == 5001
+    assert len(coarse.values) <= 100  # and the memory of so many
+    assert coarse.percentile(50) == pytest.approx(np.median(sizes), abs=64)

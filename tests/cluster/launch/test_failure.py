@@ -15,6 +15,7 @@ from cluster.launch.failure import Failure, WorkerGpu, describe_failure, suggest
 from cluster.launch.placement import WorkerMemory, estimate_memory
 from cluster.run.events import Failed, Worker
 from pipeline.tools.errors import DataError
+from pipeline.tools.watchdog import Hang
 
 WORKERS = tuple(
     Worker(rank, rank // 2, "ab"[rank % 2], f"node-{rank // 2}", None) for rank in range(4)
@@ -118,6 +119,11 @@ def test_a_worker_tells_lost_ones_from_its_own_errors(error: Exception, text: st
     failed = describe_failure(error, "replica 0, column a")
     assert (failed.text, failed.exit_code, failed.final) == (text, 1, False)
     assert str(error) in failed.trace
+
+
+def test_a_mount_that_hangs_is_worth_another_start():
+    failed = describe_failure(Hang("process 7 on a has waited 300 s"), "replica 0, column a")
+    assert (failed.final, failed.exit_code) == (False, 1)
 
 
 def test_an_error_of_ours_is_final_whatever_its_words():

@@ -230,3 +230,11 @@ def test_images_of_many_sizes_are_a_set_of_many_sizes(tmp_path, odd):
         assert not stream.damaged
     reader = DaliReader(tmp_path, StreamConfig(batch_size=4, threads=1, size=64))
     assert next(reader).shape == (4, 3, 64, 64)
+
+
+def test_an_index_of_headers_is_that_of_decoded_images(made, folder, tmp_path):
+    every = shutil.copytree(folder, tmp_path / "every")
+    tables = [index(one, decode_every=n).manifest for one, n in ((every, 1), (folder, 4))]
+    assert tables[0].splits == tables[1].splits
+    assert tables[0].stats_sha256 != tables[1].stats_sha256
+    assert verify(folder, decode=True) == []

@@ -18,16 +18,14 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict
 
 from pipeline.remote import filesystem
+from pipeline.remote.answers import describe_error, is_permanent, read_retry_after
 from pipeline.remote.file import RemoteFile
 from pipeline.remote.filesystem import (
     RetryPolicy,
     StoreError,
     StoreFolder,
     check_address,
-    describe_error,
-    is_permanent,
     open_filesystem,
-    read_retry_after,
     retry,
     split_chain,
 )

@@ -179,7 +179,7 @@ def refuse_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr("fcntl.flock", flock)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINTR])
 def test_a_folder_without_flock_is_held_by_a_lease(tmp_path, monkeypatch, quick_claims, number):
     refuse_locks(monkeypatch, number)
     with pytest.raises(SetupError, match=r"/lock cannot be locked \(no flock on its file system"):

@@ -18,10 +18,10 @@ from aiohttp.client_reqrep import ConnectionKey
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import load_index
 from pipeline.dataset.manifest import Manifest, identity
+from pipeline.remote.answers import describe_error
 from pipeline.remote.filesystem import (
     RetryPolicy,
     StoreError,
-    describe_error,
     open_filesystem,
 )
 from tests.helpers.http_servers import (

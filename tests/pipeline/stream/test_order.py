@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.stream import order as order_module
+from pipeline.stream.augment import draw_below
 from pipeline.stream.config import split_batch
 from pipeline.stream.order import BlockShuffle, FullShuffle, Order, StoredOrder, WeightedOrder
 
@@ -171,6 +174,28 @@ def test_a_shuffle_in_parts_is_as_good(monkeypatch):
     whole = FullShuffle([24], 9).list_slots(0, 240).ids
     parts = [FullShuffle([24], 9).list_slots(start, 7).ids for start in range(0, 238, 7)]
     assert whole[:238].tolist() == np.concatenate(parts).tolist()
+
+
+@pytest.mark.parametrize("limit", [2, 3, 7, 477, 40_000, 65_535])
+def test_parts_are_drawn_in_blocks_as_numpy_draws_them_at_once(limit):
+    def generator() -> np.random.Generator:
+        return np.random.Generator(np.random.PCG64(np.random.SeedSequence([limit, 3])))
+
+    for count in (1, 5, 300_001):
+        expected = generator().integers(0, limit, count, dtype=np.uint16)
+        blocks = list(draw_below(generator(), limit, count))
+        assert np.array_equal(np.concatenate(blocks), expected)
+    assert len(blocks) >= 2
+
+
+def test_an_order_of_many_samples_takes_memory_for_two_parts():
+    """Nothing is kept for each sample: 2 bytes would be 60 MB here, and 2 GB at a billion."""
+    order = FullShuffle([10_000] * 3_000, seed=4)
+    tracemalloc.start()
+    order.list_slots(31_000_000, 128)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 3 * 8 * order_module.PART
 
 
 def test_the_cached_order_cannot_be_spoilt():
