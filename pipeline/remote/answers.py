@@ -1,4 +1,4 @@
-"""What a store answered: whether another try is of use, when, and what it said in a line."""
+"""Answers of stores: whether another try is of use, when, and what was said, in a line."""
 
 from __future__ import annotations
 
