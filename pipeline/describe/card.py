@@ -203,7 +203,7 @@ def _render_split(one: SplitFacts) -> str:
         f"{one.split.samples:,}",
         f"{len(one.split.shards):,}",
         human_bytes(one.split.bytes),
-        human_bytes(float(sizes.mean())) if len(sizes) else "–",
+        human_bytes(sizes.mean) if len(sizes) else "–",
         f"{least:,}–{most:,}" if least < most else f"{most:,}",
     )
 
