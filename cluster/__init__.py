@@ -5,6 +5,7 @@ train           command: train a network on a data set; begin reading at `traini
 evaluate        command: error rates on a split, with one view or ten
 status          command: the state of a run
 export          command: the merged weights as one file
+import_weights  command: a run of weights that another program trained
 build_shards    command: pack on Ray
 report          command: RUN/report.html
 doctor          command: check machine, data, and cluster

@@ -138,6 +138,7 @@ def describe_checkpoint(config: Config, found: Checkpoint, table: dict[str, Any]
         "width": json.dumps(config.design.width),
         "layers": json.dumps(list_layers(config.design)),
         "first": json.dumps(list_image_steps(config.design)),
+        "image_size": json.dumps(config.design.image_size),
         "dropout": json.dumps("folded: what reads an output with dropout has halved weights"),
         "config": json.dumps(table["config"]),
         "checkpoint_sha256": json.dumps({k: v["sha256"] for k, v in table["files"].items()}),

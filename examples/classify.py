@@ -14,7 +14,11 @@ from safetensors import safe_open
 
 with safe_open(sys.argv[1], "pt") as file:
     w = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    about = {key: json.loads(file.metadata()[key]) for key in ("classes", "layers", "first")}
+    about = {"image_size": 224} | {
+        key: json.loads(value)
+        for key, value in file.metadata().items()
+        if key in ("classes", "layers", "first", "image_size")
+    }
 
 
 def contrast(x, columns):
@@ -50,8 +54,11 @@ follow = {
     "spatial_norm": lambda x: x / (1 + 0.001 * F.avg_pool2d(x * x, 5, 1, 2)) ** 0.75,
 }
 image = ImageOps.exif_transpose(Image.open(sys.argv[2])).convert("RGB")
-image = ImageOps.fit(image, (256, 256)).crop((16, 16, 240, 240))
-x = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(224, 224, 3)
+side = about["image_size"]  # the middle of 256 pixels; networks for CIFAR-10 read all of 32
+stored = max(side, 256) if side > 32 else 32
+edge = (stored - side) // 2
+image = ImageOps.fit(image, (stored, stored)).crop((edge, edge, edge + side, edge + side))
+x = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(side, side, 3)
 x = (x.permute(2, 0, 1) - w["mean"])[None]
 first, size = about["first"]
 x = follow[first](x, size)

@@ -15,6 +15,10 @@ SMALL_IMAGE: Literal[32] = 32
 SMALL_CROP: Literal[24] = 24
 """Side of the crops of them that the network of 11 % was trained on, in pixels."""
 
+CAFFE_IMAGE: Literal[227] = 227
+"""Side of the images of Caffe's copy of the network, in pixels: 55 windows of conv1 with no zeros
+beside them."""
+
 Net = Literal["paper", "four", "local11", "local13"]
 Norm = Literal["lrn", "scale", "spatial", "lcn", "batch", "none"]
 Pool = Literal["3/2", "2/2"]
@@ -131,10 +135,10 @@ class Design:
     """paper: eight layers; four: the network of figure 1, three convolutions of 5x5 and the output,
     on the image shrunk by 8, or on one of 32 pixels as it is; local11, local13: as four, with two
     convolutions and two locally connected layers (the release's 11 % and 13 % on CIFAR-10)."""
-    image_size: Literal[224, 32, 24] = 224
-    """Side of the image that the network reads, in pixels; 32 only with the networks other than
-    paper, for which a training on stored images of 32x32 sets it by itself, and 24, crops of them,
-    where it is asked for."""
+    image_size: Literal[224, 227, 32, 24] = 224
+    """Side of the image that the network reads, in pixels. 227: as Caffe's copy does, with no zeros
+    at the edge; 32 only with the networks other than paper, for which a training on stored images
+    of 32x32 sets it by itself, and 24, crops of them, where it is asked for."""
     norm: Norm = "lrn"
     """Normalization after conv1 and conv2. lrn: local response; scale: the constant lrn_k **
     -lrn_beta, which is what lrn does to small activations, as a control; spatial: the source's,
@@ -278,11 +282,13 @@ class Design:
     def _check_small_net(self) -> None:
         """Refuse settings of the other network; the `ValueError` names one."""
         if self.net == "paper":
-            if self.image_size != Design.image_size:
+            if self.image_size == SMALL_IMAGE:
                 raise ValueError(
                     f"image_size is {self.image_size}; that goes with net = {', '.join(SMALL_NETS)}"
                 )
             return
+        if self.image_size == CAFFE_IMAGE:
+            raise ValueError(f"image_size is {self.image_size}; that goes with net = 'paper'")
         for name in (
             "relu_first", "spatial_norm", "pool", "without", "conv6", "bottleneck",
             "communication", "middle_std",
@@ -307,6 +313,8 @@ class Design:
         rows = [self._choose_operations(row) for row in self._join_columns(self._select_rows())]
         if self.image_size in (SMALL_IMAGE, SMALL_CROP):
             rows = [replace(row, shrink=1) for row in rows]
+        if self.image_size == CAFFE_IMAGE:
+            rows = [replace(row, edge=0) for row in rows]
         if self.pool == "2/2":
             pads = {"conv2": 1, "conv5": 0}
             rows = [replace(row, pad=pads.get(row.name, row.pad)) for row in rows]

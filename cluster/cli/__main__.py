@@ -61,6 +61,8 @@ GROUPS: dict[str, dict[str, Verb]] = {
                          "error rates of a run, with one view or ten"),
         "export": Verb("cluster.export", "cluster.cli.options:ExportOptions",
                        "the merged weights as one file"),
+        "import-weights": Verb("cluster.import_weights", "cluster.cli.options:ImportOptions",
+                               "a run of weights that Caffe or PyTorch trained"),
         "presets": Verb("cluster.cli.__main__:show_presets", "",
                         "list the configs that come with Duet, or copy one"),
     },

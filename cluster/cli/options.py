@@ -137,6 +137,48 @@ class ExportOptions(CheckpointOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportOptions(Options):
+    """Make a run of weights that another program trained, for evaluate, neighbors, report, --init.
+
+    The file has the layers of the network of 2012 with both columns merged, as Caffe's bvlc_alexnet
+    and the files of duet export have them. The run computes the same logits as the program that the
+    weights come from, whose order of colors, normalization and dropout are put into the weights.
+    """
+
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "bvlc_alexnet.caffemodel --layout caffe --out runs/caffe --data /data/imagenet",
+        "weights.safetensors --layout torch --out runs/theirs",
+    )
+
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """File of the weights: .caffemodel, .npz or .safetensors."""
+    layout: Literal["caffe", "torch"]
+    """caffe: blue is the first color, LRN reaches across the groups with k = 1, images of 227
+    pixels, less Caffe's mean. torch: as duet export writes: red first, LRN by column with k = 2,
+    images of 224 pixels; a file of duet export says itself which network it is of."""
+    out: Path
+    """Folder of the run to make."""
+    data: str = ""
+    """Data set (folder or address) whose classes, in order, are the outputs of the last layer: the
+    sorted synsets for ImageNet. Without it the classes are numbers, and the run is for --init and
+    export."""
+    lrn: Literal["auto", "column", "across"] = "auto"
+    """Reach of LRN: each column's own maps, or across the border of the two groups; auto: as the
+    layout says."""
+    image_size: Literal["auto", 224, 227] = "auto"
+    """Side in pixels of the images that the network reads; auto: as the layout says."""
+    k: float = 0.0
+    """Constant k of LRN; 0: as the file says, or else the layout."""
+    mean: tuple[float, float, float] | None = None
+    """Mean that was subtracted, red green blue in 0..255, for example 123.675 116.28 103.53 for
+    torchvision's; default: Caffe's, or with layout torch the data set's own."""
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Divisor after that, for example 58.395 57.12 57.375 for torchvision's."""
+    json: bool = False
+    """Print one JSON object to stdout, everything else to stderr."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatusOptions(Options):
     """Show the state of a run, from its files, also on another machine."""
 

@@ -118,6 +118,8 @@ def test_a_length_on_the_command_line_wins_over_the_other_kind_in_the_file(setti
         ("lrn_size = 4", (), ["lrn_size is 4", "odd"]),
         ("lrn_alpha = -1", (), ["lrn_alpha is -1", "from 0 up"]),
         ("lrn_beta = inf", (), ["lrn_beta is inf", "from 0 up"]),
+        ("image_size = 227\nnet = 'four'", (), ["image_size is 227", "net = 'paper'"]),
+        ("image_size = 32", (), ["image_size is 32", "four"]),
         ("lrn_across = true\ncolumns = 1", (), ["lrn_across", "columns = 2"]),
         (
             "lrn_across = true\ncolumns_per_worker = 1",

@@ -66,7 +66,9 @@ def compute_logits(net: AlexNet, path: Path, data: Path) -> Tensor:
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
-    pixels = np.asarray(image.resize((256, 256), Image.Resampling.BICUBIC, box))[16:240, 16:240]
+    size = net.design.image_size
+    inside = slice((256 - size) // 2, (256 + size) // 2)
+    pixels = np.asarray(image.resize((256, 256), Image.Resampling.BICUBIC, box))[inside, inside]
     x = pixels - Statistics.load(data).channel_mean
     with torch.no_grad():
         logits: Tensor = net.eval()(torch.tensor(x, dtype=torch.float32).permute(2, 0, 1)[None])
@@ -93,6 +95,7 @@ OTHERS = [
     {"norm": "none", "activation": "tanh", "without": "conv3"},
     {"pool": "2/2", "without": "conv5"},
     {"columns": 1, "without": "conv4"},
+    {"lrn_across": True, "image_size": 227},
     {"norm": "lcn", "conv6": True},
     {"norm": "batch", "dropout": False, "relu_first": False},
     {"norm": "spatial", "net": "four", "width": 0.5},
