@@ -120,12 +120,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_numbers(options: ImportOptions) -> None:
-    if not (math.isfinite(options.k) and options.k >= 0):
-        raise UsageError(f"--k is {options.k}; it must be above 0, or 0 for the layout's")
-    if not all(math.isfinite(value) and value > 0 for value in options.std):
-        raise UsageError(f"--std is {options.std}; its numbers must be above 0")
-    if not all(math.isfinite(value) for value in options.mean or ()):
-        raise UsageError(f"--mean is {options.mean}; its numbers must be finite")
+    if not (math.isfinite(options.lrn_k) and options.lrn_k >= 0):
+        raise UsageError(f"--lrn-k is {options.lrn_k}; it must be above 0, or 0 for the layout's")
+    if not all(math.isfinite(value) and value > 0 for value in options.pixel_std):
+        raise UsageError(f"--pixel-std is {options.pixel_std}; its numbers must be above 0")
+    if not all(math.isfinite(value) for value in options.pixel_mean or ()):
+        raise UsageError(f"--pixel-mean is {options.pixel_mean}; its numbers must be finite")
 
 
 def choose_config(options: ImportOptions, file: WeightFile) -> Config:
@@ -229,7 +229,7 @@ def describe_origin(
 
 def find_mean(options: ImportOptions) -> tuple[float, float, float] | None:
     """Return the mean that the other program subtracts; None: nobody says."""
-    return options.mean or (CAFFE_MEAN if options.layout == "caffe" else None)
+    return options.pixel_mean or (CAFFE_MEAN if options.layout == "caffe" else None)
 
 
 def fold_constants(
@@ -270,7 +270,7 @@ def fold_pixels(
     """Return conv1, float64, for images in red, green, blue, less `mean` and divided by nothing."""
     if options.layout == "caffe":
         weight = weight[:, ::-1]
-    weight = weight / np.array(options.std)[:, None, None]
+    weight = weight / np.array(options.pixel_std)[:, None, None]
     theirs = find_mean(options)
     if theirs and mean:
         bias = bias + weight.sum((2, 3)) @ (np.array(mean) - theirs)
@@ -297,7 +297,7 @@ def find_constants(options: ImportOptions, layer: SavedLayer, design: Design) ->
     """Return the constants of the normalization after a layer in the other program."""
     k = CAFFE_K if options.layout == "caffe" else design.lrn_k
     found = layer.lrn or LrnConstants(k=k, alpha=design.lrn_alpha)
-    return replace(found, k=options.k) if options.k else found
+    return replace(found, k=options.lrn_k) if options.lrn_k else found
 
 
 def scale_norm(

@@ -148,7 +148,10 @@ def _join_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> tuple[Sa
     if not pairs:
         raise UsageError(f"{path} holds no weights; name a file that has them")
     names = sorted(pairs, key=lambda name: (pairs[name]["weight"].ndim == 2, _natural_key(name)))
-    return tuple(SavedLayer(name=name, **pairs[name]) for name in names)
+    return tuple(
+        SavedLayer(name=name, weight=pairs[name]["weight"], bias=pairs[name]["bias"])
+        for name in names
+    )
 
 
 def _natural_key(name: str) -> list[tuple[int, str]]:

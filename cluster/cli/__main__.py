@@ -200,7 +200,7 @@ def format_help() -> str:
     """Return the verbs, one line each."""
     lines = ["usage: duet VERB [arguments]        duet VERB --help says more", ""]
     for group, verbs in GROUPS.items():
-        lines += [group, *(f"  {name:<14}{verb.help}" for name, verb in verbs.items()), ""]
+        lines += [group, *(f"  {name:<16}{verb.help}" for name, verb in verbs.items()), ""]
     lines += ["duet --version", "duet --print-completion bash|zsh|fish|tcsh", ""]
     return "\n".join(lines)
 

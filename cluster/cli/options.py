@@ -146,7 +146,8 @@ class ImportOptions(Options):
     """
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
-        "bvlc_alexnet.caffemodel --layout caffe --out runs/caffe --data /data/imagenet",
+        "bvlc_alexnet.caffemodel --layout caffe --out runs/caffe",
+        "a.npz --layout caffe --out runs/a --data data/imagenet",
         "weights.safetensors --layout torch --out runs/theirs",
     )
 
@@ -167,12 +168,12 @@ class ImportOptions(Options):
     layout says."""
     image_size: Literal["auto", 224, 227] = "auto"
     """Side in pixels of the images that the network reads; auto: as the layout says."""
-    k: float = 0.0
+    lrn_k: float = 0.0
     """Constant k of LRN; 0: as the file says, or else the layout."""
-    mean: tuple[float, float, float] | None = None
+    pixel_mean: tuple[float, float, float] | None = None
     """Mean that was subtracted, red green blue in 0..255, for example 123.675 116.28 103.53 for
     torchvision's; default: Caffe's, or with layout torch the data set's own."""
-    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    pixel_std: tuple[float, float, float] = (1.0, 1.0, 1.0)
     """Divisor after that, for example 58.395 57.12 57.375 for torchvision's."""
     json: bool = False
     """Print one JSON object to stdout, everything else to stderr."""

@@ -130,7 +130,7 @@ def test_old_files_and_other_constants(tmp_path):
     assert relative(own_logits(load(imported(file)), images), wanted) < 1e-5
     wanted = caffe_logits(layers, prepare_for_caffe(images), k=3.0)
     plain = save(tmp_path / "plain.npz", layers, names="0 1")  # the names of Caffe's arrays
-    assert relative(own_logits(load(imported(plain, "--k", 3)), images), wanted) < 1e-5
+    assert relative(own_logits(load(imported(plain, "--lrn-k", 3)), images), wanted) < 1e-5
 
 
 def test_a_run_is_evaluated_less_the_mean_of_its_data_set(tiny_data, tmp_path, capsys):
@@ -183,7 +183,9 @@ def test_a_network_for_normalized_images_of_torchvisions_kind(tiny_data, tmp_pat
         f"features.{number}" if number < 14 else f"classifier.{number - 14}": layers[name]
         for name, number in zip(layers, (0, 4, 8, 10, 12, 15, 18, 20), strict=True)
     })  # fmt: skip
-    run = imported(file, "--mean", *mean, "--std", *std, "--data", tiny_data, layout="torch")
+    run = imported(
+        file, "--pixel-mean", *mean, "--pixel-std", *std, "--data", tiny_data, layout="torch"
+    )
     net, images = AlexNet(classes=CLASSES, width=WIDTH).eval(), draw_images(224)
     state = {
         f"{name}.{part}": torch.tensor(array) * (2 if part == "weight" and name[-1] in "78" else 1)
@@ -290,8 +292,11 @@ def test_what_cannot_be_imported_is_a_line(tiny_data, tmp_path):
         imported(tmp_path / "no bias.npz")
     with pytest.raises(UsageError, match=r"fc7.bias has values that are not finite"):
         imported(save(tmp_path / "nan.npz", changed("fc7", bias=np.full(512, np.nan, "f4"))))
-    for words, message in ((("--k", "-1"), "--k is -1"), (("--std", 1, 0, 1), "--std is"),
-                           (("--mean", "nan", 0, 0), "--mean is")):  # fmt: skip
+    for words, message in (
+        (("--lrn-k", "-1"), "--lrn-k is -1"),
+        (("--pixel-std", 1, 0, 1), "--pixel-std is"),
+        (("--pixel-mean", "nan", 0, 0), "--pixel-mean is"),
+    ):
         with pytest.raises(UsageError, match=message):
             imported(file, *words)
     run = imported(file)
