@@ -136,6 +136,7 @@ def test_old_files_and_other_constants(tmp_path):
 def test_a_run_is_evaluated_less_the_mean_of_its_data_set(tiny_data, tmp_path, capsys):
     """Caffe's mean goes into the biases: probabilities of stored images, less that mean."""
     layers = random_layers(CLASSES)
+    layers["fc8"] = layers["fc8"][0] / 20, layers["fc8"][1] / 20  # or one class would get all
     run = imported(save(tmp_path / "w.caffemodel", layers), "--data", tiny_data)
     assert evaluate([str(run), "--save-probabilities", "--device", "cpu"]) == 0
     assert "step 0" in capsys.readouterr().out
@@ -144,7 +145,10 @@ def test_a_run_is_evaluated_less_the_mean_of_its_data_set(tiny_data, tmp_path, c
         images = next(stream).images
     wanted = caffe_logits(layers, prepare_for_caffe(images)).softmax(1)
     found = SavedProbabilities(run, 1).rows(0, 20)
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    own_mean = torch.tensor(Statistics.load(tiny_data).channel_mean, dtype=torch.float32).flip(0)
+    other = caffe_logits(layers, images.flip(1) - own_mean[:, None, None]).softmax(1)
+    assert float((other - wanted).abs().max()) > 1e-3
 
 
 def test_the_other_commands_take_the_run(tiny_data, tmp_path, monkeypatch, capsys):
