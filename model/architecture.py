@@ -282,7 +282,7 @@ class Design:
     def _check_small_net(self) -> None:
         """Refuse settings of the other network; the `ValueError` names one."""
         if self.net == "paper":
-            if self.image_size == SMALL_IMAGE:
+            if self.image_size in (SMALL_IMAGE, SMALL_CROP):
                 raise ValueError(
                     f"image_size is {self.image_size}; that goes with net = {', '.join(SMALL_NETS)}"
                 )
