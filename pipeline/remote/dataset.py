@@ -191,12 +191,14 @@ def _fetch_version(data: str, given: str, own: str | None, **cached: Any) -> Pat
 
 
 def choose_versions(run: Path, folder: Path) -> str | Segments:
-    """Return the version in a folder that `locate_dataset` found; if it is the run's, its segments.
+    """Return the version in a folder that `locate_dataset` found, with a run's segments before it.
 
     A stream of the segments normalizes images as the run did.
     """
     found, own = identity(folder), read_versions(run)
-    return own if isinstance(own, tuple) and own[-1].version == found else found
+    versions = [segment.version for segment in own] if isinstance(own, tuple) else []
+    number = versions.index(found) if found in versions else 0
+    return own[: number + 1] if isinstance(own, tuple) and number else found
 
 
 def default_cache() -> Path:

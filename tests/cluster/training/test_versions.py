@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster import evaluate
 from cluster.config import Config
 from cluster.run.folder import read_identity
 from cluster.train import main
@@ -53,10 +54,20 @@ def start(config: Config, data: Path, run: Path, *words: str, stop_after: int = 
     main([str(path), "--data", str(data), "--run", str(run), *words], trainer=trainer)
 
 
-def test_a_run_keeps_the_version_that_it_began_with(data, more, tmp_path):
+def check_evaluation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Evaluate the last step: the same version, normalized as in training, has the same errors."""
+    evaluate.main([str(run), "--json"])
+    out, err = capsys.readouterr()
+    last, found = rows(run, "validation.jsonl")[-1], json.loads(out)
+    assert found["loss"] == pytest.approx(last["loss"], rel=1e-5)
+    assert found["samples"] == last["samples"]
+    assert "is not the data set of the training" not in err
+
+
+def test_a_run_keeps_the_version_that_it_began_with(data, more, tmp_path, capsys):
     run, first = tmp_path / "run", identity(data)
     start(LEDGERED, data, run, stop_after=4)
-    append_samples(data, more)
+    append_samples(data, more, statistics=more)
     start(LEDGERED, data, run)
     assert read_identity(run).data_sha256 == first != identity(data)
     assert read_identity(run).segments == ()
@@ -64,14 +75,15 @@ def test_a_run_keeps_the_version_that_it_began_with(data, more, tmp_path):
     assert rows(run)[-1]["epoch"] == 2.0
     proof = prove(data, [run])
     assert (proof.findings, proof.epochs, proof.segments) == ((), (0, 1), ())
+    check_evaluation(run, capsys)
     with pytest.raises(UsageError, match=r"reads version 1 of .*, not 2; give --data-version lat"):
         start(LEDGERED, data, run, "--data-version", "2")
 
 
-def test_a_run_goes_on_with_the_newest_version_and_its_ledger_is_proved(data, more, tmp_path):
+def test_a_run_goes_on_with_the_newest_and_its_ledger_is_proved(data, more, tmp_path, capsys):
     run, first = tmp_path / "run", identity(data)
     start(LEDGERED, data, run, *LATEST, stop_after=4)
-    second = append_samples(data, more)
+    second = append_samples(data, more, statistics=more)
     withdrawn = withdraw(data, [5])
     start(LEDGERED, data, run, *LATEST)
     assert second != withdrawn == identity(data)
@@ -84,6 +96,7 @@ def test_a_run_goes_on_with_the_newest_version_and_its_ledger_is_proved(data, mo
     proof = prove(data, [run])
     assert proof.findings == ()
     assert [(one.number, one.epochs) for one in proof.segments] == [(1, (0,)), (3, (1,))]
+    check_evaluation(run, capsys)
     table = json.loads((run / "checkpoints/step-00000014/checkpoint.json").read_text())
     assert table["segments"] == [list(one) for one in expected]
     start(LEDGERED, data, run, *LATEST)  # finished
