@@ -198,7 +198,7 @@ class Config:
     """Seconds that a worker may keep the others waiting before they take it for frozen."""
     strict: bool = False
     """Stop at the first damaged image instead of replacing it by another."""
-    data_version: int | str = ""
+    data_version: str = ""
     """Version of the data set, by its number, or its identity or eight digits of that; "": the
     newest when the run begins, and then that one; latest: go on with a newer one at the border of
     the first epoch after a start."""

@@ -56,6 +56,7 @@ def start(config: Config, data: Path, run: Path, *words: str, stop_after: int = 
 
 def check_evaluation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Evaluate the last step: the same version, normalized as in training, has the same errors."""
+    capsys.readouterr()  # what the training has said
     evaluate.main([str(run), "--json"])
     out, err = capsys.readouterr()
     last, found = rows(run, "validation.jsonl")[-1], json.loads(out)
