@@ -17,7 +17,7 @@ import importlib.metadata
 import importlib.util
 from dataclasses import dataclass
 
-ALL = frozenset({"middle", "border", "world", "workers"})
+ALL = frozenset({"middle", "border", "world", "workers", "seed"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Peer:
     """The library's own page or file about its state."""
     offers: frozenset[str] = ALL
     """Ways of resuming that its docs offer: in the `middle` of an epoch, at a `border`, in another
-    `world`, with other `workers`. The cases of the others are left blank."""
+    `world`, with other `workers`; `seed` if it shuffles. The cases of the others are left blank."""
     note: str = ""
     """Remark under the table."""
 
@@ -66,7 +66,9 @@ PEERS = {
         adapter="duet_stream",
         libraries=("duet-stream",),
         page="docs/stream.md, In a framework",
-        note="loader workers are threads",
+        note="loops are of full batches and cross from pass to pass, so that an "
+        "epoch of 13 batches "
+        "has 208 of 203 samples; the passes are whole. Loader workers are threads",
     ),
     "webdataset": Peer(
         title="webdataset + StatefulDataLoader",
@@ -74,8 +76,10 @@ PEERS = {
         module="torchdata",
         libraries=("webdataset", "torchdata"),
         page="meta-pytorch/data, torchdata/stateful_dataloader/README.md",
-        offers=frozenset({"middle", "border"}),
-        note="the loader reads and drops what was delivered; data set and loader anew each epoch",
+        offers=frozenset({"middle", "border", "seed"}),
+        note="the loader reads and drops what was delivered, and counts these batches twice "
+        "(_num_yielded), so that the next resume skips as many; data set and "
+        "loader anew each epoch",
     ),
     "litdata": Peer(
         title="litData",
@@ -83,6 +87,7 @@ PEERS = {
         module="litdata",
         libraries=("litdata",),
         page="Lightning-AI/litData, README, Pause, resume data streaming",
+        note="on other ranks or workers the rest of the epoch is dealt anew (streaming/elastic.py)",
     ),
     "mosaicml": Peer(
         title="mosaicml streaming",
@@ -90,6 +95,9 @@ PEERS = {
         module="streaming",
         libraries=("mosaicml-streaming",),
         page="mosaicml/streaming, fast_resumption.md, elastic_determinism.md",
+        note="at another seed the epoch is finished in the old order, the next "
+        "follow the new seed; "
+        "a damaged shard is named in a worker's log, and the loader waits for it without end",
     ),
     "datasets": Peer(
         title="HF datasets, streaming + StatefulDataLoader",
@@ -97,8 +105,10 @@ PEERS = {
         module="datasets",
         libraries=("datasets", "torchdata"),
         page="huggingface/datasets, use_with_pytorch.mdx, stream.mdx",
-        offers=frozenset({"middle", "border"}),
-        note="stream.mdx says that samples in the shuffle buffer are lost at a resume",
+        offers=frozenset({"middle", "border", "seed"}),
+        note="documented: samples in the shuffle buffers (here 32 in each of two "
+        "workers) are lost at "
+        "a resume",
     ),
     "datasets-unshuffled": Peer(
         title="HF datasets, the same, not shuffled",
@@ -113,7 +123,9 @@ PEERS = {
         adapter="grain_dataset",
         module="grain",
         libraries=("grain", "array-record"),
-        page="google/grain, docs, Checkpointing; ElasticIterator",
+        page="google/grain, docs, Checkpointing; grain.experimental.ElasticIterator",
+        note="ranks and workers change with ElasticIterator, which drops the last, short batch; "
+        "mp_prefetch alone ends with an IndexError",
     ),
     "spdl": Peer(
         title="SPDL sampler",
@@ -129,14 +141,14 @@ PEERS = {
         adapter="dali_reader",
         libraries=("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
         page="DALI user guide, advanced_topics_checkpointing",
-        offers=frozenset({"middle", "border", "workers"}),
+        offers=frozenset({"middle", "border", "workers", "seed"}),
         note="loader workers are threads",
     ),
     "ffcv": Peer(
         title="FFCV",
         adapter="",
         libraries=("ffcv",),
-        page="libffcv/ffcv, docs/making_dataloaders.rst",
+        page="libffcv/ffcv, making_dataloaders.rst",
         offers=frozenset(),
         note="its docs have no way of saving or setting a loader's place, so no case can be run",
     ),

@@ -36,7 +36,7 @@ class Case:
     """One column of the table."""
 
     title: str
-    """What happens, in words."""
+    """Event, in words."""
     needs: str = "middle"
     """Way of resuming that it asks of a loader."""
     setup: dict[str, Any] = field(default_factory=dict)
@@ -86,7 +86,12 @@ CASES = {
     "grow": Case(
         title="from 1 rank to 2", needs="world", setup={"elastic": True}, then={"world": 2}
     ),
-    "workers": Case(title="from 2 loader workers to 3", needs="workers", then={"workers": 3}),
+    "workers": Case(
+        title="from 2 loader workers to 3",
+        needs="workers",
+        setup={"elastic": True},
+        then={"workers": 3},
+    ),
     "tail": Case(
         title="2 ranks, cut before the uneven end of the epoch",
         setup={"world": 2},
@@ -97,17 +102,17 @@ CASES = {
         needs="border",
         cuts=lambda steps: [Cut(epoch=0, how="loop")],
     ),
-    "seed": Case(title="another seed after the cut", then={"seed": 8}),
+    "seed": Case(title="another seed after the cut", needs="seed", then={"seed": 8}),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What all ranks of an attempt did."""
+    """Outcome of an attempt, of all ranks."""
 
     attempt: Attempt
     facts: list[dict[str, Any]]
-    """What each rank noted besides batches."""
+    """Notes of each rank besides batches."""
     hung: bool
     log: str
     """Output of all ranks."""

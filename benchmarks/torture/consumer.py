@@ -52,7 +52,7 @@ class Setup:
     seed: int = 7
     epochs: int = 3
     elastic: bool = False
-    """The world changes at a resume: for libraries that have another class for that."""
+    """Ranks or workers change at a resume: for libraries that have another class for that."""
 
     @property
     def local_batch(self) -> int:
@@ -61,7 +61,7 @@ class Setup:
 
 
 class Loader(Protocol):
-    """What an adapter opens."""
+    """Interface of what an adapter opens."""
 
     def epoch(self, epoch: int) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         """Yield identities and pixels, uint8 [b, ...], of what is left of an epoch."""
@@ -75,7 +75,7 @@ class Loader(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """Where and how an attempt ends before its last epoch has."""
+    """Place and way in which an attempt ends before its last epoch has."""
 
     epoch: int
     step: int = 0

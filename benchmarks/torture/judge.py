@@ -64,7 +64,7 @@ class Delivery:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What all ranks of one start of the job were handed."""
+    """One start of the job: all that its ranks were handed."""
 
     start: Place
     """Place at which the state was saved that it loaded; (0, 0) for the first."""
