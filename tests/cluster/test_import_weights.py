@@ -180,7 +180,7 @@ def test_what_export_wrote_comes_back_bit_for_bit(tiny_data, tmp_path):
 def test_a_network_for_normalized_images_of_torchvisions_kind(tiny_data, tmp_path, monkeypatch):
     """Layout torch, read for red first, LRN by column with k = 2, 224 pixels, (x - mean) / std."""
     monkeypatch.setattr(import_weights, "Design", lambda: Design(width=WIDTH))
-    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    mean, std = (123.675, 116.28, 103.53), (60.0, 30.0, 90.0)
     layers = random_layers(CLASSES)
     layers["conv1"] = layers["conv1"][0] * 50, layers["conv1"][1]
     file = save(tmp_path / "w.safetensors", {
