@@ -5,13 +5,14 @@
 
 The version before stays readable, but whoever reads it gets another sample in place of each that
 was withdrawn. Their bytes stay in the shards until --purge overwrites them there. A command that
-was killed is repeated: until its end the old version is whole.
+was killed is repeated; where only its purge was left, `--purge` alone resumes it.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from pipeline.dataset.manifest import Manifest
@@ -56,8 +57,8 @@ def make_version(
                 gone = find_class(parent, options.class_name)
             elif not parent.withdrawn:
                 raise UsageError(f"nothing was withdrawn from {target.address}; give --keys FILE")
-            with LocalPool(options.workers) as workers:
-                return withdraw(parent, gone, pool or workers, scratch, purge=options.purge)
+            with nullcontext(pool) if pool else LocalPool(options.workers) as workers:
+                return withdraw(parent, gone, workers, scratch, purge=options.purge)
 
 
 def _read_keys(path: Path) -> list[str]:

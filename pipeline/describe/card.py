@@ -250,7 +250,12 @@ def render_croissant(facts: Facts, name: str, manifest_file: Path) -> str:
     has_labels = bool(manifest.classes)
     for one in facts.splits:
         shards = [
-            _describe_file(shard.name, shard.bytes, shard.sha256, "application/x-tar")
+            _describe_file(
+                shard.name,
+                shard.bytes,
+                manifest.purged.get(shard.name, shard.sha256),
+                "application/x-tar",
+            )
             for shard in one.split.shards
         ]
         files += shards

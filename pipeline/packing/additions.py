@@ -38,7 +38,7 @@ from pipeline.packing.build import (
 )
 from pipeline.packing.chunks import ChunkError, chunk_facts_name
 from pipeline.packing.known import KnownImages, content_keys, save_known
-from pipeline.packing.measure import measure, subtract
+from pipeline.packing.measure import subtract_images
 from pipeline.packing.plan import BuildPlan, compute_fingerprint
 from pipeline.packing.revision import Ids, NewSamples, Parent, SplitEdit, VersionFacts, seal_version
 from pipeline.packing.shards import FOLDER as SHARDS
@@ -141,7 +141,8 @@ def adopt_settings(options: BuildConfig, manifest: Manifest, target: Target) -> 
         given = getattr(options, name)
         if given not in (value, getattr(BuildConfig, name)):
             flag = "--no-labels" if name == "labels" else f"--{name} {given}"
-            raise UsageError(f"{flag} is not that of {target.address}, {value}; leave it out")
+            has = "labels" if name == "labels" else f"--{name} {value}"
+            raise UsageError(f"{flag} differs: {target.address} has {has}; leave the flag out")
     tables = chain.from_iterable(split.tables for split in manifest.splits.values())
     fields = sorted(set(list_fields(tables)))
     if sorted(options.members) != fields:
@@ -423,9 +424,15 @@ class _Addition:
             replaced += len(gone)
             added += len(edit.origin) - count
             if split == "train" and len(gone):
-                rows = parent.indices[split][gone]
-                removed, _ = measure(parent.target, parent.manifest, split, rows, self._pool)
-                sums = subtract(sums, removed)
+                rows = parent.indices[split]
+                sums = subtract_images(
+                    sums,
+                    parent.target,
+                    parent.manifest,
+                    rows[gone],
+                    np.delete(rows, gone),
+                    self._pool,
+                )
         sums += collected.sums
         rejects, rejected = self._write_rejects(collected)
         change: dict[str, Any] = {

@@ -24,7 +24,7 @@ from pipeline.packing.resize import resample
 from pipeline.remote.target import ByteRange, Target
 from pipeline.tools.errors import DataError
 from pipeline.tools.processes import Pool
-from pipeline.tools.progress import Progress
+from pipeline.tools.progress import Progress, write_line
 
 BATCH = 256
 """Stored images that are measured in one job."""
@@ -40,6 +40,34 @@ def subtract(sums: Sums, removed: Sums) -> Sums:
     left.image_sum = sums.image_sum - np.minimum(sums.image_sum, removed.image_sum)
     left.outer = np.maximum(sums.outer - removed.outer, 0)
     return left
+
+
+def subtract_images(
+    sums: Sums, target: Target, manifest: Manifest, removed: Index, left: Index, pool: Pool
+) -> Sums:
+    """Return sums of the training set without some of its images; the fewer images are decoded.
+
+    Where one that is removed is damaged, those that are left are decoded instead: so a damaged
+    image can be withdrawn or replaced.
+
+    Args:
+        sums: with all images.
+        target: the data set.
+        manifest: of the version that has them.
+        removed: index rows of the images that are removed.
+        left: index rows of all others.
+        pool: runs the jobs.
+
+    Raises:
+        DataError: an image that is left is damaged.
+        OSError: the target cannot be read.
+    """
+    if len(removed) <= len(left):
+        try:
+            return subtract(sums, measure(target, manifest, "train", removed, pool)[0])
+        except DataError as error:
+            write_line(f"note: {error}; the images that stay are read instead")
+    return measure(target, manifest, "train", left, pool)[0]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Rows of the index go, shards stay as they are: what was withdrawn is listed in the newest version,
 and whoever reads an older one does not deliver it either. A purge overwrites the members of
 withdrawn samples by zeros, so that all other bytes stay where every version has them. The manifest
-that names the shards' new hashes is written first; a purge that was cut short goes on when the
-command is repeated.
+that names the shards' new hashes is written first; `--purge` alone resumes a purge that was cut
+short.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import group_samples
 from pipeline.dataset.tar import escape, read_members
 from pipeline.dataset.versions import Withdrawn, WithdrawnSample
-from pipeline.packing.measure import measure, subtract
+from pipeline.packing.measure import subtract_images
 from pipeline.packing.revision import Ids, Parent, SplitEdit, VersionFacts, seal_version
 from pipeline.remote.target import FolderTarget, StoreTarget, Target
 from pipeline.tools.errors import UsageError
@@ -66,10 +66,11 @@ def find_samples(parent: Parent, keys: Iterable[str]) -> dict[str, Ids]:
                     missing.discard(name)
     if missing:
         some = ", ".join(map(escape, sorted(missing)[:NAMED]))
+        hint = "; to finish a purge, give --purge alone" if parent.withdrawn else ""
         more = f" and {len(missing) - NAMED:,} more" if len(missing) > NAMED else ""
         raise UsageError(
             f"{parent.target.address} has no sample {some}{more}; nothing is withdrawn: give names "
-            "as its names.txt has them (keys.txt in shards of another tool)"
+            f"as its names.txt has them (keys.txt in shards of another tool){hint}"
         )
     return {split: np.array(ids) for split, ids in found.items()}
 
@@ -96,7 +97,10 @@ def find_class(parent: Parent, name: str) -> dict[str, Ids]:
     }
     found = {split: ids for split, ids in found.items() if len(ids)}
     if not found:
-        raise UsageError(f"class {escape(name)!r} of {parent.target.address} has no samples left")
+        raise UsageError(
+            f"class {escape(name)!r} of {parent.target.address} has no samples left; to finish a "
+            "purge, give --purge alone"
+        )
     return found
 
 
@@ -175,16 +179,13 @@ def _seal(
 
 
 def _subtract(parent: Parent, before: Aggregates, edit: SplitEdit | None, pool: Pool) -> Aggregates:
-    """Return aggregates without some training images: the fewer images of both are decoded."""
+    """Return aggregates without some training images."""
     if edit is None:
         return before
     rows = parent.indices["train"]
-    left = edit.origin
-    removed = np.setdiff1d(np.arange(len(rows)), left)
-    some = removed if len(removed) <= len(left) else left
-    sums, _ = measure(parent.target, parent.manifest, "train", rows[some], pool)
-    if some is removed:
-        sums = subtract(before.sums, sums)
+    removed = np.delete(rows, edit.origin)
+    left = rows[edit.origin]
+    sums = subtract_images(before.sums, parent.target, parent.manifest, removed, left, pool)
     return Aggregates(sums, before.hashes)
 
 

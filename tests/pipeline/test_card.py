@@ -168,6 +168,15 @@ def test_sets_of_other_kinds_are_valid(kind, tiny_data, raw_data, tmp_path):
     read_croissant(tmp_path)
 
 
+def test_croissant_has_the_hash_of_a_purged_shard(tiny_data):
+    facts = gather_facts(str(tiny_data), LocalDataset(tiny_data))
+    name = facts.splits[0].split.shards[0].name
+    facts = replace(facts, manifest=replace(facts.manifest, purged={name: "0" * 64}))
+    card = json.loads(render_croissant(facts, "set", tiny_data / MANIFEST))
+    hashes = {one["@id"]: one.get("sha256") for one in card["distribution"]}
+    assert hashes[name] == "0" * 64
+
+
 def test_names_are_shown_as_they_are(tiny_data):
     facts = gather_facts(str(tiny_data), LocalDataset(tiny_data))
     classes = ("<script>x</script>", "a|b", "c\n# d", "[e](f)")

@@ -227,9 +227,9 @@ def test_images_go_to_the_split_that_is_named(data, sources):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"quality": 90}, "--quality 90 is not that of"),
+        ({"quality": 90}, "--quality 90 differs: "),
         ({"fields": ("json",)}, "have 0 other members"),
-        ({"labels": False}, "--no-labels is not that of"),
+        ({"labels": False}, "--no-labels differs: "),
         ({"train": "x"}, "--train begins a data set"),
         ({"retry_rejects": True}, "make a version each"),
         ({"split": "test"}, "--split test is none of a build's"),

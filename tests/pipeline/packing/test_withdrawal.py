@@ -20,6 +20,7 @@ from pipeline.describe import __main__ as describe
 from pipeline.options import WithdrawOptions
 from pipeline.remote.target import FolderTarget, StoreTarget
 from pipeline.tools.errors import DataError, UsageError
+from pipeline.tools.files import sha256
 from pipeline.verify import check, verify
 from pipeline.withdraw import make_version
 from tests.helpers.build_targets import Here, complaint, memory_address  # noqa: F401
@@ -218,6 +219,22 @@ def test_a_split_is_not_emptied_and_other_refusals(data, tmp_path):
     with pytest.raises(DataError, match=r"train\.names\.txt is damaged"):
         withdraw(data, "cat/000.jpg", file=tmp_path / "keys")
     assert Manifest.load(data).number == 1
+
+
+def test_a_damaged_image_can_be_withdrawn(data, tmp_path):
+    manifest = Manifest.load(data)
+    place = names(data).index("dog/003.jpg")
+    row = load_index(data, "train", manifest)[place]
+    shard = data / manifest.splits["train"].shards[row["shard"]].name
+    content = bytearray(shard.read_bytes())
+    content[int(row["offset"]) + int(row["size"]) // 2] ^= 255
+    shard.write_bytes(content)
+    manifest = withdraw(data, "dog/003.jpg", file=tmp_path / "keys")
+    assert manifest.splits["train"].samples == 19
+    with pytest.raises(UsageError, match="to finish a purge, give --purge alone"):
+        withdraw(data, "dog/003.jpg", file=tmp_path / "keys", purge=True)
+    for name in withdraw(data, purge=True).purged:
+        assert sha256(data / name) == Manifest.load(data).purged[name]
 
 
 def test_samples_of_another_tool_are_withdrawn_by_their_keys(made, tmp_path):
