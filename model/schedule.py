@@ -173,17 +173,6 @@ def compute_warmup(step: int, steps: float, first: float) -> float:
     return 1.0 if step >= steps else first + (1.0 - first) * step / steps
 
 
-def compute_poly(step: int, total: int, power: float) -> float:
-    """Factor on the rates of the schedule `poly`: (1 - share of the run before the step) ** power.
-
-    Args:
-        step: number of the step, from 1 to `total`.
-        total: steps of the run.
-        power: 0 or above; 2 in the recipes of LARS.
-    """
-    return float((1.0 - (step - 1) / total) ** power)
-
-
 def dexp(
     progress: float,
     lr: float,
