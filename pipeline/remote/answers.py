@@ -37,7 +37,7 @@ class TransferError(Exception):
 
 def is_permanent(error: BaseException) -> bool:
     """Return whether another try is of no use: not there, not allowed, not an address."""
-    if is_expired(error):
+    if is_expired(error) or _find_lost_answer(error):
         return False
     status = _http_status(error)
     if status is not None:
@@ -52,9 +52,9 @@ def is_refused(error: BaseException) -> bool:
 
 def is_missing(error: BaseException | None) -> bool:
     """Return whether a store answered that there is no such file."""
-    return isinstance(error, FileNotFoundError) or (
-        error is not None and _http_status(error) in (404, 410)
-    )
+    if error is None or _find_lost_answer(error):
+        return False
+    return isinstance(error, FileNotFoundError) or _http_status(error) in (404, 410)
 
 
 def is_expired(error: BaseException) -> bool:
@@ -66,6 +66,7 @@ def is_expired(error: BaseException) -> bool:
 
 def describe_error(error: BaseException) -> str:
     """Return in one line what a store answered."""
+    error = _find_lost_answer(error) or error
     status = _http_status(error)
     answer = f" (HTTP {status})" if status else ""
     # The whole first line: of an `OSError`, the system's words alone would lack the host.
@@ -82,6 +83,14 @@ def describe_error(error: BaseException) -> str:
 def explain_refusal(error: BaseException) -> str:
     """Return the way out of a refusal if the store tells one by its answer; else ""."""
     return hub.advise(_read_headers(error))
+
+
+def _find_lost_answer(error: BaseException) -> BaseException | None:
+    """Return the timeout or broken connection for which fsspec says that a file is not there."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, TimeoutError | ConnectionError):
+        return cause
+    return None
 
 
 def _http_status(error: BaseException) -> int | None:

@@ -22,6 +22,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from types import TracebackType
 from typing import Generic, TypeVar
+from weakref import WeakSet
 
 from pipeline.tools.errors import DuetError
 
@@ -108,7 +109,7 @@ class FileAccess:
 
 _accesses: dict[int, FileAccess] = {}
 """Accesses under way by the number of their thread."""
-_awaited: set[int] = set()
+_awaited: WeakSet[threading.Thread] = WeakSet()
 """Threads that others wait for, which ask `find_hang`."""
 _watching: list[threading.Thread] = []
 """The watching thread, once there is one."""
@@ -122,7 +123,7 @@ def end_process_on_hang() -> None:
 
 def await_thread() -> None:
     """Announce that another thread waits for the caller's, and asks `find_hang`."""
-    _awaited.add(threading.get_ident())
+    _awaited.add(threading.current_thread())
 
 
 def find_hang(thread: threading.Thread) -> Hang | None:
@@ -154,13 +155,18 @@ def look(passed: float) -> None:
     """Count `passed` seconds more for each access under way; tell of those that take long."""
     for thread, access in list(_accesses.items()):
         access.seconds += passed
-        if access.seconds >= LIMIT and thread not in _awaited and _may_end_process():
+        if access.seconds >= LIMIT and not _is_awaited(thread) and _may_end_process():
             _tell(f"error: {access.describe()}: its disk or mount does not answer; mend that")
             os._exit(Hang.exit_code)
         if access.seconds >= access.told:
             access.told = 2 * access.seconds
             rest = f"; it is given up after {LIMIT:.0f} s" if access.seconds < LIMIT else ""
             _tell(f"{access.describe()}: its disk or mount does not answer{rest}")
+
+
+def _is_awaited(number: int) -> bool:
+    # A thread that has ended leaves its number to others.
+    return any(thread.ident == number and thread.is_alive() for thread in list(_awaited))
 
 
 def _may_end_process() -> bool:

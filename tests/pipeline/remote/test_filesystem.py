@@ -18,7 +18,12 @@ from hypothesis import strategies as st
 from multidict import CIMultiDict
 
 from pipeline.remote import filesystem
-from pipeline.remote.answers import describe_error, is_permanent, read_retry_after
+from pipeline.remote.answers import (
+    describe_error,
+    is_missing,
+    is_permanent,
+    read_retry_after,
+)
 from pipeline.remote.file import RemoteFile
 from pipeline.remote.filesystem import (
     RetryPolicy,
@@ -225,3 +230,14 @@ def test_an_address_that_cannot_be_is_refused_in_a_line(address, says):
     with pytest.raises(UsageError, match=says) as raised:
         check_address(address, "data set")
     assert "secret" not in str(raised.value)
+
+
+def test_a_timeout_for_which_fsspec_says_that_nothing_is_there_is_a_timeout():
+    lost, gone = FileNotFoundError("a.tar"), FileNotFoundError("a.tar")
+    lost.__cause__, gone.__cause__ = TimeoutError("reading data"), FileNotFoundError("a.tar")
+    assert not is_permanent(lost)
+    assert not is_missing(lost)
+    assert describe_error(lost) == "TimeoutError: reading data"
+    assert is_permanent(gone)
+    assert is_missing(gone)
+    assert is_missing(FileNotFoundError("a.tar"))

@@ -199,3 +199,16 @@ def test_a_list_of_damage_goes_on_without_its_lock(tmp_path, hanging_locks):
     path.write_bytes(b"")
     Quarantine("train", path).add([Damage("train", 1, "a.tar", "k", "CRC-32 differs")])
     assert path.read_text().count("CRC-32 differs") == 1
+
+
+def test_a_thread_with_the_number_of_one_that_was_awaited_is_not(hung, monkeypatch):
+    _, thread = hung
+    ended = threading.Thread(target=watchdog.await_thread)
+    ended.start()
+    ended.join()
+    ended._ident = thread.ident  # the kernel gives it again
+    ends = list[int]()
+    monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setattr(watchdog, "_may_end_process", lambda: True)
+    look(LIMIT)
+    assert ends == [1]
