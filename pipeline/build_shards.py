@@ -68,10 +68,11 @@ def summary_lines(options: BuildConfig, manifest: Manifest, seconds: float | Non
     """Yield the lines about samples, size and duplicates for the terminal."""
     out = options.out
     size = human_bytes(sum(split.bytes for split in manifest.splits.values()))
+    place = f"{out}/{manifest.tables_in}".rstrip("/")
     out = f"{out}, version {manifest.number}" if manifest.number > 1 else out
     parts = ", ".join(f"{split.samples:,} {name}" for name, split in manifest.splits.items())
     classes = f"{len(manifest.classes):,}" if manifest.classes else "no"
-    skipped = f", {manifest.rejected:,} skipped ({out}/{REJECTS})" if manifest.rejected else ""
+    skipped = f", {manifest.rejected:,} skipped ({place}/{REJECTS})" if manifest.rejected else ""
     time_taken = "built before" if seconds is None else f"{seconds:.0f} s"
     yield (
         f"data set {out}: {parts} images of {classes} classes{skipped}, "
@@ -79,7 +80,7 @@ def summary_lines(options: BuildConfig, manifest: Manifest, seconds: float | Non
     )
     if manifest.duplicates:
         groups = _count_groups(manifest.duplicates)
-        yield f"{groups} of the same or nearly the same image ({out}/{DUPLICATES})"
+        yield f"{groups} of the same or nearly the same image ({place}/{DUPLICATES})"
 
 
 def leak_lines(manifest: Manifest, target: Target) -> Iterator[str]:
@@ -90,7 +91,7 @@ def leak_lines(manifest: Manifest, target: Target) -> Iterator[str]:
         f"warning: {_count_groups(manifest.leaks)} of them in more than one split: what is "
         "validated was trained on"
     )
-    rows = parse_rows(target.read(DUPLICATES).splitlines())
+    rows = parse_rows(target.read(f"{manifest.tables_in}/{DUPLICATES}".lstrip("/")).splitlines())
     for row in itertools.islice((row for row in rows if row and row["leak"]), LEAKS_SHOWN):
         names: dict[str, str] = {}
         for member in row["members"]:

@@ -63,7 +63,7 @@ def make_version(
 
 def _read_keys(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
     except OSError as error:
         raise UsageError(
             f"--keys {path} cannot be read ({error.strerror}); name a file of one name a line"

@@ -135,6 +135,16 @@ class Parent:
         """Index of each split, checked."""
         return {name: load_index(self.folder, name, self.manifest) for name in self.manifest.splits}
 
+    def load_index(self, version: SealedVersion, split: str) -> Index:
+        """Return the index of a split of any version, checked; it is fetched from a store."""
+        if version is self.newest:
+            return self.indices[split]
+        place = f"{version.manifest.tables_in}/{index_name(split)}".lstrip("/")
+        if not (path := self.folder / place).is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self.target.read(place))
+        return load_index(self.folder, split, version.manifest)
+
     @cached_property
     def withdrawn(self) -> Withdrawn:
         """All samples that were withdrawn."""

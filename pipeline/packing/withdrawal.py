@@ -13,6 +13,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ from pipeline.dataset.aggregates import Aggregates
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import group_samples
 from pipeline.dataset.tar import escape, read_members
-from pipeline.dataset.versions import Withdrawn, WithdrawnSample
+from pipeline.dataset.versions import SealedVersion, Withdrawn, WithdrawnSample, find_withdrawn
 from pipeline.packing.measure import subtract_images
 from pipeline.packing.revision import Ids, Parent, SplitEdit, VersionFacts, seal_version
 from pipeline.remote.target import FolderTarget, StoreTarget, Target
@@ -131,13 +132,31 @@ def withdraw(
 
 
 def _add_withdrawn(parent: Parent, gone: dict[str, Ids]) -> Withdrawn:
-    found = {name: list(samples) for name, samples in parent.withdrawn.items()}
+    """Return all that was withdrawn, with these samples and the images whose place they took."""
+    found = {name: set(samples) for name, samples in parent.withdrawn.items()}
     for split, ids in gone.items():
-        shards = parent.manifest.splits[split].shards
-        for row in parent.indices[split][ids].tolist():
-            shard, _, offset, size, crc = row[:5]
-            found.setdefault(shards[shard].name, []).append(WithdrawnSample(offset, size, crc))
+        places = _list_places(parent, parent.newest, split, ids)
+        for version, before in pairwise(parent.versions):  # whose place --replace gave them
+            if version.manifest.change.get("replaced") and split in before.manifest.splits:
+                shards = [shard.name for shard in version.manifest.splits[split].shards]
+                same = find_withdrawn(places, shards, parent.load_index(version, split))
+                same = same[same < before.manifest.splits[split].samples]
+                for name, samples in _list_places(parent, before, split, same).items():
+                    places[name] = tuple({*places.get(name, ()), *samples})
+        for name, samples in places.items():
+            found.setdefault(name, set()).update(samples)
     return {name: tuple(sorted(samples)) for name, samples in found.items()}
+
+
+def _list_places(
+    parent: Parent, version: SealedVersion, split: str, ids: Ids
+) -> dict[str, tuple[WithdrawnSample, ...]]:
+    shards = version.manifest.splits[split].shards
+    found = dict[str, list[WithdrawnSample]]()
+    for row in parent.load_index(version, split)[ids].tolist():
+        shard, _, offset, size, crc = row[:5]
+        found.setdefault(shards[shard].name, []).append(WithdrawnSample(offset, size, crc))
+    return {name: tuple(samples) for name, samples in found.items()}
 
 
 def _seal(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -13,8 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.batches import Stream
+from pipeline.build_shards import leak_lines, summary_lines
 from pipeline.dataset.aggregates import NAME as AGGREGATES
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import load_index
@@ -391,3 +395,27 @@ def test_a_version_at_an_address_has_the_bytes_of_a_local_one(memory, first, dat
     expected = everything(data)
     assert target.list_files() == set(expected)
     assert all(target.read(name) == one for name, one in expected.items())
+
+
+def test_the_report_names_the_lists_of_the_version(data, sources, tmp_path):
+    """Leaks that a version brings are named from its own list, not from that of the first."""
+    source = tmp_path / "new" / "dog" / "leak.jpg"
+    source.parent.mkdir(parents=True)
+    shutil.copy(sources / "two" / "dog" / "new-000.jpg", source)
+    val = tmp_path / "val" / "dog" / "seen.jpg"
+    val.parent.mkdir(parents=True)
+    add(data, tmp_path / "new")
+    before = Manifest.load(data).leaks
+    with Image.open(source) as image:
+        image.save(val, quality=97)
+    manifest = add(data, tmp_path / "val", split="val")
+    assert manifest.leaks == before + 1
+    options = BuildConfig(out=str(data), add=str(tmp_path / "val"))
+    (*_, line) = summary_lines(options, manifest, 1.0)
+    (place,) = re.findall(r"\((.*duplicates\.jsonl)\)", line)
+    assert Path(place) == data / "versions/000003/duplicates.jsonl"
+    rows = list(map(json.loads, Path(place).read_text().splitlines()))
+    assert sum(row["leak"] for row in rows) == manifest.leaks
+    (data / "duplicates.jsonl").write_bytes(b"")
+    lines = list(leak_lines(manifest, FolderTarget(data)))
+    assert any(line.startswith("  train ") for line in lines)

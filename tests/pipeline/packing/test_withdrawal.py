@@ -15,7 +15,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import load_index
 from pipeline.dataset.manifest import NAME, Manifest, identity
-from pipeline.dataset.versions import load_withdrawn
+from pipeline.dataset.versions import load_withdrawn, parse_withdrawn
 from pipeline.describe import __main__ as describe
 from pipeline.options import WithdrawOptions
 from pipeline.remote.target import FolderTarget, StoreTarget
@@ -25,7 +25,7 @@ from pipeline.verify import check, verify
 from pipeline.withdraw import make_version
 from tests.helpers.build_targets import Here, complaint, memory_address  # noqa: F401
 from tests.helpers.foreign_shards import index, made_by_webdataset  # noqa: F401 - a fixture
-from tests.helpers.images import folder_per_class, packed
+from tests.helpers.images import folder_per_class, jpeg, packed
 from tests.pipeline.packing.test_additions import add, names
 
 
@@ -167,6 +167,36 @@ def test_cut_before_the_end_the_old_version_is_whole(data, tmp_path, monkeypatch
     assert verify(data) == []
     assert withdraw(data, class_name="cat").number == 2
     assert verify(data) == []
+
+
+@pytest.mark.parametrize("where", ["folder", "address"])
+def test_an_image_goes_with_those_whose_place_it_took(data, first, tmp_path, memory, where):
+    """A withdrawn name is withdrawn as older versions have it, too: it was replaced twice."""
+    out = data
+    if where == "address":
+        out, target = memory, StoreTarget(memory)
+        for path in first.iterdir():
+            with target.create(path.name) as file:
+                file.write(path.read_bytes())
+    for version in (2, 3):
+        new = tmp_path / f"{version}" / "dog" / "003.jpg"
+        new.parent.mkdir(parents=True)
+        new.write_bytes(jpeg(900 + version))
+        add(out, new.parent.parent, replace=True)
+    withdraw(out, "cat/000.jpg", file=tmp_path / "keys")
+    manifest = withdraw(out, "dog/003.jpg", file=tmp_path / "keys", purge=True)
+    read = StoreTarget(memory).read if where == "address" else lambda n: (data / n).read_bytes()
+    text = read(f"{manifest.tables_in}/withdrawn.jsonl")
+    listed = parse_withdrawn(text, str(manifest.withdrawn_sha256), "")
+    place = names(first).index("dog/003.jpg")
+    shard, _, offset, size, crc = load_index(first, "train", Manifest.load(first))[place].tolist()
+    assert (offset, size, crc) in listed[f"train-{shard:06d}.tar"]
+    assert read(f"train-{shard:06d}.tar")[offset : offset + size] == bytes(size)
+    # of cat/000.jpg one in train and one in val, of dog/003.jpg three
+    assert sum(map(len, listed.values())) == 5
+    if where == "folder":
+        for version in range(1, 6):
+            assert verify(data, decode=True, version=version) == []
 
 
 def test_withdrawn_images_are_not_added_again(data, first, tmp_path):
