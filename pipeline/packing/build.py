@@ -224,7 +224,7 @@ def refuse_many_rejects(
     Raises:
         DuetError: says how many, and why most of them.
     """
-    if _has_too_many_rejects(options, plan, collected.rejected):
+    if _has_too_many_rejects(options, plan, collected.rejected - collected.withdrawn):
         _refuse_rejects(options, plan, target, collected.rejected, collected.rejects_file)
 
 

@@ -58,7 +58,7 @@ from pipeline.packing.duplicates import (
     find_duplicates,
     write_duplicates,
 )
-from pipeline.packing.known import PRESENT
+from pipeline.packing.known import PRESENT, WITHDRAWN
 from pipeline.packing.plan import BuildPlan, ChunkPlan, Places, mean_side
 from pipeline.remote.target import WORK, ByteRange, Target
 from pipeline.sources import Reject
@@ -224,6 +224,8 @@ class CollectedChunks:
     rejected: int
     skipped: int = 0
     """Number of images that the data set has already."""
+    withdrawn: int = 0
+    """Number of rejects that were withdrawn from the data set: no fault of their source."""
 
     def hash(self, rows: Places) -> str:
         """Return `hash_content` of the shard of these rows."""
@@ -251,7 +253,7 @@ def collect_chunks(
     taken = _allocate(scratch / "taken.bin", TAKEN_DTYPE, (count,))
     members = _allocate(scratch / "members.bin", MEMBER_DTYPE, (count, len(options.members)))
     packed = np.zeros(count, np.bool_)
-    sums, rejected, skipped = Sums(mean_side(options)), plan.rejected, 0
+    sums, rejected, skipped, withdrawn = Sums(mean_side(options)), plan.rejected, 0, 0
     rejects_file = write_rejects(plan, scratch)
     with (
         (scratch / "hashes.bin").open("wb") as hashes,
@@ -274,6 +276,7 @@ def collect_chunks(
                     continue
                 rejects.write(plan.make_reject(first + place, reason).to_json_line())
                 rejected += 1
+                withdrawn += reason == WITHDRAWN
     return CollectedChunks(
         taken=taken,
         packed=packed,
@@ -283,6 +286,7 @@ def collect_chunks(
         rejects_file=rejects_file,
         rejected=rejected,
         skipped=skipped,
+        withdrawn=withdrawn,
     )
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from isal import isal_zlib
 
 from pipeline.dataset.aggregates import Aggregates
 from pipeline.dataset.manifest import Manifest
@@ -27,7 +28,7 @@ from pipeline.dataset.versions import SealedVersion, Withdrawn, WithdrawnSample,
 from pipeline.packing.measure import subtract_images
 from pipeline.packing.revision import Ids, Parent, SplitEdit, VersionFacts, seal_version
 from pipeline.remote.target import FolderTarget, StoreTarget, Target
-from pipeline.tools.errors import UsageError
+from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.files import sha256
 from pipeline.tools.processes import Pool
 from pipeline.tools.progress import Progress, announce
@@ -123,7 +124,7 @@ def withdraw(
         OSError: the target cannot be read or written.
     """
     withdrawn = _add_withdrawn(parent, gone)
-    purged = _hash_purged(parent.target, withdrawn) if purge else {}
+    purged = _hash_purged(parent, withdrawn) if purge else {}
     manifest = parent.manifest
     if gone or any(manifest.purged.get(name) != digest for name, digest in purged.items()):
         manifest = _seal(parent, gone, withdrawn, purged, pool, scratch)
@@ -208,16 +209,41 @@ def _subtract(parent: Parent, before: Aggregates, edit: SplitEdit | None, pool: 
     return Aggregates(sums, before.hashes)
 
 
-def _hash_purged(target: Target, withdrawn: Withdrawn) -> dict[str, str]:
-    """Return the SHA-256 that each shard with withdrawn samples has without them."""
+def _hash_purged(parent: Parent, withdrawn: Withdrawn) -> dict[str, str]:
+    """Return the SHA-256 that each shard with withdrawn samples has without them.
+
+    Raises:
+        DataError: a shard is damaged elsewhere, and would count as sound with another hash.
+    """
+    manifests = [version.manifest for version in parent.versions]
+    known = {(name, digest) for one in manifests for name, digest in one.purged.items()}
+    for split in (split for one in manifests for split in one.splits.values()):
+        known |= {(shard.name, shard.sha256) for shard in split.shards}
     digests = {}
     for name in withdrawn:
         digest = hashlib.sha256()
-        with _local_copy(target, name) as path:
+        with _local_copy(parent.target, name) as path:
+            if (name, sha256(path)) not in known and not _holds_damage(path, withdrawn[name]):
+                raise DataError(
+                    f"shard {name} of {parent.target.address} is damaged (its bytes are not those "
+                    "that were written); nothing is withdrawn: restore it from a copy, or leave "
+                    "--purge out"
+                )
             for block in _read_purged(path, withdrawn[name]):
                 digest.update(block)
         digests[name] = digest.hexdigest()
     return digests
+
+
+def _holds_damage(path: Path, samples: Iterable[WithdrawnSample]) -> bool:
+    """Return whether one of a shard's withdrawn images is damaged, and not purged already."""
+    with path.open("rb") as file:
+        for sample in samples:
+            file.seek(sample.offset)
+            content = file.read(sample.size)
+            if any(content) and isal_zlib.crc32(content) != sample.crc:
+                return True
+    return False
 
 
 def _purge(target: Target, withdrawn: Withdrawn, purged: dict[str, str]) -> None:

@@ -201,13 +201,13 @@ def test_an_image_goes_with_those_whose_place_it_took(data, first, tmp_path, mem
 
 def test_withdrawn_images_are_not_added_again(data, first, tmp_path):
     withdraw(data, "dog/003.jpg", file=tmp_path / "keys")
-    manifest = add(data, first.parent / "train", max_rejects=1.0)
+    manifest = add(data, first.parent / "train")
     assert manifest.number == 2  # nothing but what is there, and what was withdrawn
     extra = folder_per_class(tmp_path / "extra", 1, first_seed=900)
     for path in extra.glob("*/000.jpg"):
         path.rename(path.with_name("900.jpg"))
     shutil.copy(first.parent / "train/dog/003.jpg", extra / "dog/again.jpg")
-    manifest = add(data, extra, max_rejects=1.0)
+    manifest = add(data, extra)
     assert (manifest.number, manifest.change["added"], manifest.rejected) == (3, 4, 1)
     (row,) = map(json.loads, (data / manifest.tables_in / "rejects.jsonl").open())
     assert row["reason"] == "it was withdrawn from the data set"
@@ -329,3 +329,16 @@ def test_the_command_reports_the_new_version(data, tmp_path, capsys):
     assert (facts["version"], facts["change"]) == (2, {"withdrawn": 7})
     assert "version 2 of" in out.err
     assert "7 samples withdrawn" in out.err
+
+
+def test_a_purge_does_not_take_a_damaged_shard_for_a_sound_one(data, tmp_path):
+    withdraw(data, "dog/003.jpg", file=tmp_path / "keys")
+    (name,) = load_withdrawn(data, Manifest.load(data))
+    path, before = data / name, (data / NAME).read_bytes()
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=f"shard {name} of .* is damaged .*; nothing is withdrawn"):
+        withdraw(data, purge=True)
+    assert path.read_bytes() == damaged
+    assert (data / NAME).read_bytes() == before
