@@ -10,7 +10,7 @@ build_shards    command: pack on Ray
 report          command: RUN/report.html
 doctor          command: check machine, data, and cluster
 experiments     commands: the paper's claims put to the test
-config          every setting; configs/ has the presets
+config          every setting, and the presets
 training        one process's training, without Ray
 launch          all that knows Ray: places, starts, and restarts the workers
 checkpoint      both columns on disk, in a folder or a bucket

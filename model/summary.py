@@ -2,9 +2,9 @@
 
     python -m model.summary CONFIG [--classes 1000] [--batch-size 128] [--dtype float32] [--json]
 
-CONFIG is a training config (cluster/configs); its settings of other things than the network are
-ignored. Bytes are per step of `--batch-size` images, in `--dtype`. Exchanged bytes are those of one
-direction, a to b; as many go the other way.
+CONFIG is a training config, or a preset (cluster/config/presets); its settings of other things than
+the network are ignored. Bytes are per step of `--batch-size` images, in `--dtype`. Exchanged bytes
+are those of one direction, a to b; as many go the other way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CLASSES = 1000
 """Classes of ImageNet, where none are named."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MIB = 2**20
-PRESETS = Path(__file__).resolve().parents[1] / "cluster" / "configs"
+PRESETS = Path(__file__).resolve().parents[1] / "cluster" / "config" / "presets"
 
 
 @dataclass(frozen=True)
@@ -273,7 +273,7 @@ def read_design(path: Path) -> Design:
         ValueError: the file cannot be read, or holds no valid design; one line that names it.
     """
     preset = PRESETS / f"{path.name.removesuffix('.toml')}.toml"
-    is_name = str(path.parent) in (".", "configs", "cluster/configs")
+    is_name = str(path.parent) in (".", "configs", "cluster/configs", "cluster/config/presets")
     if is_name and not path.is_file() and preset.is_file():
         path = preset
     try:

@@ -165,7 +165,7 @@ def test_installed_commands_run_from_another_folder(built, tmp_path):
 
     duet = str(home / "bin" / "duet")
     assert call(duet, "--version") == f"duet {PROJECT['version']}\n"
-    presets = (REPOSITORY / "cluster" / "configs").rglob("*.toml")
+    presets = (REPOSITORY / "cluster" / "config" / "presets").rglob("*.toml")
     assert len(call(duet, "presets").splitlines()) == len(list(presets))
 
     found = json.loads(call(str(python), "-c", WALK))

@@ -238,7 +238,7 @@ class StudyOptions(Options):
     EXAMPLES: ClassVar[tuple[str, ...]] = ("small/figure1 --data data/demo --out runs/figure1",)
 
     study: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STUDY")]
-    """Study file, or the name of one in cluster/configs/studies, such as small/figure1."""
+    """Study file, or the name of one in cluster/config/presets/studies, such as small/figure1."""
     data: str = ""
     """Data set (folder or address) with train and val; default: that of the runs in OUT."""
     out: Path

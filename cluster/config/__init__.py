@@ -3,6 +3,7 @@
 aliases     names that other trainers give to settings
 files       presets and other config files, and their readers
 milestones  published results, which a run is compared with
+presets     configs and studies that come with Duet (TOML)
 settings    the fields and their checks
 """
 

@@ -15,7 +15,7 @@ from model.schedule import suggest_name
 from pipeline.dataset.record import ADDRESS_KEY, SEGMENTS_KEY, SHA256_KEY, require_run
 from pipeline.tools.errors import UsageError
 
-PRESETS = Path(__file__).resolve().parents[1] / "configs"
+PRESETS = Path(__file__).resolve().parent / "presets"
 """Folder of the presets; studies/ in it has those of `cluster.experiments.study`."""
 RUN_KEY = "run_id"
 """Key of RUN/config.toml, as `SHA256_KEY`: the name that tells the run from all others."""
@@ -46,7 +46,7 @@ def find_config(path: Path, folder: Path = PRESETS) -> Path:
     if path.is_file():
         return path
     parts = list(path.with_suffix("").parts if path.suffix == ".toml" else path.parts)
-    for place in ("cluster", "configs", folder.name):
+    for place in ("cluster", "config", "configs", PRESETS.name, folder.name):
         if parts[:1] == [place]:
             del parts[0]
     if parts and (preset := folder.joinpath(*parts).with_suffix(".toml")).is_file():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cluster.config import Config
-from cluster.config.milestones import Milestone, find_shortfalls
+from cluster.config.milestones import Milestone, find_shortfalls, parse_milestones
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Publish, Stepped, Tell, Validated, Warned
 from cluster.run.folder import KERNELS, LAYERS, METRICS, VALIDATION, Mark
@@ -110,11 +110,16 @@ class MetricsLog:
         self._looked = -PUBLISH_EVERY
         self._exchange: Exchange | None = None
         self.milestones: Sequence[Milestone] = ()
-        """Published results, which validations are compared with."""
+        """Published results that validations are compared with (`expect`)."""
         self._validated = 0.0
         self.reducing = Stopwatch()
         """Spans of `computing` that an update waited for the gradients of other replicas."""
         self._start = mark_time(mesh.device)
+
+    def expect(self, milestones: Sequence[str], position: int) -> None:
+        """Compare validations after `position` with published results (setting `milestones`)."""
+        self.milestones = parse_milestones(milestones)
+        self._validated = float(count_epochs(self._segments, position))
 
     @contextmanager
     def waiting(self, waits: WaitTimes) -> Iterator[None]:

@@ -14,7 +14,7 @@ from cluster.checkpoint.loader import list_layers, load_init
 from cluster.checkpoint.memory import Memory
 from cluster.checkpoint.writer import CheckpointManager
 from cluster.config import Config
-from cluster.config.milestones import CLASSES, parse_milestones
+from cluster.config.milestones import CLASSES
 from cluster.mesh import ProcessMesh
 from cluster.run.events import Publish, Tell, Warned
 from cluster.run.folder import LEDGER, QUARANTINE, UNKNOWN, Mark, RunIdentity
@@ -35,7 +35,7 @@ from model.schedule import parse_layer_rates
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.dataset.segments import Segment, Segments, count_epochs
+from pipeline.dataset.segments import Segment, Segments
 from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.text import hide_credentials
@@ -99,16 +99,13 @@ def prepare_training(
         load_init(config.init, net, mesh, tell, config.init_layers)
     recipe = RateSettings(config=config, samples=segments, total=total)
     rates = RateControl(recipe, run, mesh, tell, mark.step)
-
-    def warn(line: str) -> None:
-        tell(Warned(line))
-
     with ExitStack() as parts:
         stream = parts.enter_context(
             open_stream(config, data, run, mesh, segments, position=mark.position)
         )
         feed = parts.enter_context(PairBatches(stream, mesh, batches=total - mark.step))
-        train_step = parts.enter_context(create_step(config, net, optimizer, mesh, warn))
+        step = create_step(config, net, optimizer, mesh, lambda line: tell(Warned(line)))
+        train_step = parts.enter_context(step)
         parts.enter_context(closing(checkpoints))
         if mesh.is_leader:
             trackers = open_trackers(config, run, identity.run, mark.step, tell)
@@ -119,9 +116,7 @@ def prepare_training(
         )
         log.reducing = train_step.waits
         if len(about["classes"]) == CLASSES:
-            passed = float(count_epochs(segments, mark.position))
-            ahead = [one for one in parse_milestones(config.milestones) if one.epoch > passed]
-            log.milestones = ahead
+            log.expect(config.milestones, mark.position)
         # Rows are on disk, and in the store, before a checkpoint of their step counts.
         checkpoints.before = log.sync
         if mesh.device.type == "cpu":  # a GPU computes on after a failure, with what did not come

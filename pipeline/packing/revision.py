@@ -230,9 +230,7 @@ def seal_version(
         OSError: the target cannot be written.
         DamagedFile: a table of the parent is damaged.
     """
-    target, before = parent.target, parent.manifest
-    number = before.number + 1
-    place = version_folder(number)
+    before, number = parent.manifest, parent.manifest.number + 1
     (folder := scratch / "version").mkdir()
     splits, hashes = {}, {}
     for name in dict.fromkeys([*before.splits, *edits]):
@@ -250,35 +248,48 @@ def seal_version(
         libraries=before.libraries if facts.libraries is None else facts.libraries,
         number=number,
         parent=parent.newest.identity,
-        tables_in=place,
+        tables_in=version_folder(number),
         change=facts.change,
         purged=before.purged | facts.purged,
     )
-    if not before.foreign:
+    manifest = _write_lists(folder, manifest, Aggregates(facts.aggregates.sums, hashes), facts)
+    _publish(parent, manifest, folder, facts.rejects)
+    return manifest
+
+
+def _write_lists(
+    folder: Path, manifest: Manifest, aggregates: Aggregates, facts: VersionFacts
+) -> Manifest:
+    """Write duplicates, aggregates, withdrawn samples; return the manifest with their hashes."""
+    if not manifest.foreign:
         with (folder / DUPLICATES).open("wb") as file:
-            same = _write_duplicates(file, manifest, hashes, folder)
+            same = _write_duplicates(file, manifest, aggregates.hashes, folder)
         digest = sha256(folder / DUPLICATES)
         manifest = replace(
             manifest, duplicates=same.groups, leaks=same.leaks, duplicates_sha256=digest
         )
     with (folder / AGGREGATES).open("wb") as file:
-        indices = {name: split.index_sha256 for name, split in splits.items()}
-        Aggregates(facts.aggregates.sums, hashes).write(file, indices)
+        aggregates.write(file, {n: split.index_sha256 for n, split in manifest.splits.items()})
     manifest = replace(manifest, aggregates_sha256=sha256(folder / AGGREGATES))
     if facts.withdrawn:
         (folder / WITHDRAWN).write_bytes(format_withdrawn(facts.withdrawn))
         manifest = replace(manifest, withdrawn_sha256=sha256(folder / WITHDRAWN))
-    copy_file(facts.rejects, target, f"{place}/{REJECTS}")
+    return manifest
+
+
+def _publish(parent: Parent, manifest: Manifest, folder: Path, rejects: Path) -> None:
+    """Copy the files of the next version into the data set; last, make it the newest."""
+    target, place = parent.target, manifest.tables_in
+    copy_file(rejects, target, f"{place}/{REJECTS}")
     for path in sorted(folder.iterdir()):
         copy_file(path, target, f"{place}/{path.name}")
     for name, text in (
-        (f"{version_folder(before.number)}/{MANIFEST}", parent.newest.text),
+        (f"{version_folder(parent.manifest.number)}/{MANIFEST}", parent.newest.text),
         (f"{place}/{MANIFEST}", manifest.text()),
         (MANIFEST, manifest.text()),
     ):
         with target.create(name) as file:
             file.write(text)
-    return manifest
 
 
 def _write_split(parent: Parent, name: str, edit: SplitEdit, folder: Path) -> Split:

@@ -187,7 +187,14 @@ def test_a_mistake_gets_one_line_with_the_setting_its_value_and_the_way_out(
 
 
 @pytest.mark.parametrize(
-    "name", ["demo", "demo.toml", "configs/demo.toml", "cluster/configs/demo.toml"]
+    "name",
+    [
+        "demo",
+        "demo.toml",
+        "configs/demo.toml",
+        "cluster/configs/demo.toml",
+        "cluster/config/presets/demo.toml",
+    ],
 )
 def test_a_preset_is_found_by_its_name_from_any_folder(name, tmp_path, monkeypatch):
     """Also by the path that earlier versions had, or that it has in the repository."""

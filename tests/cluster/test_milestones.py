@@ -54,11 +54,19 @@ def test_the_log_warns_at_the_validation_that_passes_a_milestone(tmp_path: Path)
     told: list[Event] = []
     results = {"loss": 6.9, "top1_error": 0.999, "top5_error": 0.99, "samples": 5, "seconds": 1.0}
     with MetricsLog(tmp_path, ProcessMesh(), told.append, 100, 0) as log:
-        log.milestones = parse_milestones(["0.5 top1 93.9", "2 top1 80"])
+        log.expect(["0.5 top1 93.9", "2 top1 80"], 0)
         for step in (1, 2):
             log.validation(Mark(step=step, position=75 * step), lambda: results)
     (warning,) = [event.text for event in told if isinstance(event, Warned)]
     assert "top1 99.9 % in epoch 0.75" in warning
+    told.clear()
+    with MetricsLog(tmp_path, ProcessMesh(), told.append, 100, 1) as log:
+        log.expect(["0.5 top1 93.9", "2 top1 80"], 75)  # a run that is resumed has been told
+        log.validation(Mark(step=2, position=150), lambda: results)
+        assert not [event for event in told if isinstance(event, Warned)]
+        log.validation(Mark(step=3, position=225), lambda: results)
+    (warning,) = [event.text for event in told if isinstance(event, Warned)]
+    assert "80 % in epoch 2" in warning
 
 
 def test_only_a_run_on_the_classes_of_the_published_one_is_compared(

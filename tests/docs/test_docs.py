@@ -201,7 +201,7 @@ def test_the_architecture_names_every_module(package):
         path.relative_to(REPOSITORY).as_posix() + "/" * path.is_dir()
         for path in (REPOSITORY / package).rglob("*")
         if (path.suffix == ".py" and not path.name.startswith("__"))
-        or (path.is_dir() and not path.name.startswith("__") and "configs" not in path.parts[:-1])
+        or (path.is_dir() and not path.name.startswith("__") and "presets" not in path.parts[:-1])
     }
     named = {path for path in TREE if path.startswith(package) and path != f"{package}/"}
     assert sorted(there - named) == []

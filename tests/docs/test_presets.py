@@ -1,4 +1,4 @@
-"""The files in cluster/configs/: sound, and what they claim to be."""
+"""The files in cluster/config/presets/: sound, and what they claim to be."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from cluster.train import parse_command
 from model.architecture import Design
 from model.schedule import compute_rates, parse_changes
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "cluster" / "configs").glob("*.toml"))
+CONFIGS = sorted(
+    (Path(__file__).resolve().parents[2] / "cluster" / "config" / "presets").glob("*.toml")
+)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)

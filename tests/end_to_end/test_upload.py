@@ -25,7 +25,7 @@ JUNK = (
 )  # fmt: skip
 SECRETS = (
     ".env", ".env.local", ".aws/credentials", ".ray/auth_token", "credentials.json", "id.pem",
-    "id_rsa", "secrets.toml", "cluster/.env", "cluster/secret.yaml", "cluster/configs/a.key",
+    "id_rsa", "secrets.toml", "cluster/.env", "cluster/secret.yaml", "cluster/config/presets/a.key",
     "cluster/id_rsa", "cluster/a.pem", "cluster/secrets.toml", "cluster/launch/token",
     "cluster/credentials.json", "cluster/.secret.py", "model/kubeconfig.yaml", "pipeline/.netrc",
 )  # fmt: skip

@@ -82,7 +82,7 @@ def test_one_column_exchanges_nothing() -> None:
     "name", ["paper", "one_gpu", "no_conv5", "narrow", "four", "conv6", "norm_batch"]
 )
 def test_the_command_prints_a_table_of_any_config(name, capsys) -> None:
-    main([str(ROOT / "cluster" / "configs" / f"{name}.toml"), "--batch-size", "128"])
+    main([str(ROOT / "cluster" / "config" / "presets" / f"{name}.toml"), "--batch-size", "128"])
     shown = capsys.readouterr().out
     assert "multiply-adds" in shown
     assert max(map(len, shown.splitlines()[:20])) <= 180
@@ -100,7 +100,14 @@ def test_the_command_prints_a_table_of_any_config(name, capsys) -> None:
 
 
 def test_json_is_one_object_with_the_same_sums(capsys) -> None:
-    main([str(ROOT / "cluster" / "configs" / "paper.toml"), "--json", "--dtype", "bfloat16"])
+    main(
+        [
+            str(ROOT / "cluster" / "config" / "presets" / "paper.toml"),
+            "--json",
+            "--dtype",
+            "bfloat16",
+        ]
+    )
     told = json.loads(capsys.readouterr().out)
     assert told["totals"]["parameters"] == 60_965_224
     assert told["original_crossing_bytes_an_image"] == 468_992 // 2
@@ -109,7 +116,9 @@ def test_json_is_one_object_with_the_same_sums(capsys) -> None:
     assert conv1["optimiser_bytes"] == 4 * 17_472
 
 
-@pytest.mark.parametrize("name", ["narrow", "narrow.toml", "configs/narrow.toml"])
+@pytest.mark.parametrize(
+    "name", ["narrow", "narrow.toml", "configs/narrow.toml", "cluster/config/presets/narrow.toml"]
+)
 def test_the_name_of_a_preset_stands_for_it(name, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert read_design(Path(name)).width == 0.25
@@ -142,7 +151,7 @@ def test_wrong_configs_get_one_line(tmp_path, capsys, text, words) -> None:
 
 def test_the_module_runs_without_torch() -> None:
     program = (
-        "import sys, runpy; sys.argv = ['model.summary', 'cluster/configs/paper.toml', '--json']\n"
+        "import sys, runpy; sys.argv = ['model.summary', 'paper', '--json']\n"
         "runpy.run_module('model.summary', run_name='__main__', alter_sys=True)\n"
         "assert 'torch' not in sys.modules"
     )

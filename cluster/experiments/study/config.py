@@ -133,7 +133,7 @@ class Study:
 
 
 def read_study(path: Path) -> Study:
-    """Read a study file, or the one of that name in cluster/configs/studies.
+    """Read a study file, or the one of that name in cluster/config/presets/studies.
 
     Raises:
         UsageError: names the file, the key, and what it should be.
@@ -157,7 +157,7 @@ def _read_table(path: Path, depth: int = 0) -> dict[str, Any]:
     except (OSError, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not text"
         raise UsageError(
-            f"study {path} cannot be read ({reason}); see cluster/configs/studies"
+            f"study {path} cannot be read ({reason}); see cluster/config/presets/studies"
         ) from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"study {path} is not TOML: {error}") from error
@@ -193,7 +193,7 @@ def _parse_study(name: str, table: dict[str, Any]) -> Study:
         if not isinstance(found, dict) or not (
             is_flat or all(isinstance(one, dict) for one in found.values())
         ):
-            raise ValueError(f"{key} is no table; see cluster/configs/studies")
+            raise ValueError(f"{key} is no table; see cluster/config/presets/studies")
     subsets = {name: _parse_subset(name, one) for name, one in table.pop("data").items()}
     grid = _parse_grid(table["grid"])
     study = Study(

@@ -16,7 +16,7 @@ from cluster.doctor.finding import Finding
 from pipeline.tools.errors import UsageError
 from tests.helpers.training_processes import REPOSITORY
 
-CONFIG = str(REPOSITORY / "cluster" / "configs" / "demo.toml")
+CONFIG = str(REPOSITORY / "cluster" / "config" / "presets" / "demo.toml")
 
 
 @pytest.fixture(autouse=True)
