@@ -21,7 +21,7 @@ ALL = frozenset({"middle", "border", "world", "workers", "seed"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Peer:
+class ResumePeer:
     """One line of the table."""
 
     title: str
@@ -61,16 +61,15 @@ class Peer:
 
 
 PEERS = {
-    "duet": Peer(
+    "duet": ResumePeer(
         title="Duet",
         adapter="duet_stream",
         libraries=("duet-stream",),
         page="docs/stream.md, In a framework",
-        note="loops are of full batches and cross from pass to pass, so that an "
-        "epoch of 13 batches "
-        "has 208 of 203 samples; the passes are whole. Loader workers are threads",
+        note="loops are of full batches and cross from pass to pass, so that an epoch of 13 "
+        "batches has 208 of 203 samples; the passes are whole. Loader workers are threads",
     ),
-    "webdataset": Peer(
+    "webdataset": ResumePeer(
         title="webdataset + StatefulDataLoader",
         adapter="webdataset_stateful",
         module="torchdata",
@@ -78,10 +77,10 @@ PEERS = {
         page="meta-pytorch/data, torchdata/stateful_dataloader/README.md",
         offers=frozenset({"middle", "border", "seed"}),
         note="the loader reads and drops what was delivered, and counts these batches twice "
-        "(_num_yielded), so that the next resume skips as many; data set and "
-        "loader anew each epoch",
+        "(_num_yielded), so that the next resume skips as many; data set and loader anew each "
+        "epoch",
     ),
-    "litdata": Peer(
+    "litdata": ResumePeer(
         title="litData",
         adapter="litdata_chunks",
         module="litdata",
@@ -89,28 +88,26 @@ PEERS = {
         page="Lightning-AI/litData, README, Pause, resume data streaming",
         note="on other ranks or workers the rest of the epoch is dealt anew (streaming/elastic.py)",
     ),
-    "mosaicml": Peer(
+    "mosaicml": ResumePeer(
         title="mosaicml streaming",
         adapter="mosaicml_mds",
         module="streaming",
         libraries=("mosaicml-streaming",),
         page="mosaicml/streaming, fast_resumption.md, elastic_determinism.md",
-        note="at another seed the epoch is finished in the old order, the next "
-        "follow the new seed; "
-        "a damaged shard is named in a worker's log, and the loader waits for it without end",
+        note="at another seed the epoch is finished in the old order, the next follow the new "
+        "seed; a damaged shard is named in a worker's log, and the loader waits for it without end",
     ),
-    "datasets": Peer(
+    "datasets": ResumePeer(
         title="HF datasets, streaming + StatefulDataLoader",
         adapter="datasets_stateful",
         module="datasets",
         libraries=("datasets", "torchdata"),
         page="huggingface/datasets, use_with_pytorch.mdx, stream.mdx",
         offers=frozenset({"middle", "border", "seed"}),
-        note="documented: samples in the shuffle buffers (here 32 in each of two "
-        "workers) are lost at "
-        "a resume",
+        note="documented: samples in the shuffle buffers (here 32 in each of two workers) are "
+        "lost at a resume",
     ),
-    "datasets-unshuffled": Peer(
+    "datasets-unshuffled": ResumePeer(
         title="HF datasets, the same, not shuffled",
         adapter="datasets_unshuffled",
         module="datasets",
@@ -118,7 +115,7 @@ PEERS = {
         page="huggingface/datasets, use_with_pytorch.mdx, stream.mdx",
         offers=frozenset({"middle", "border"}),
     ),
-    "grain": Peer(
+    "grain": ResumePeer(
         title="Grain",
         adapter="grain_dataset",
         module="grain",
@@ -127,7 +124,7 @@ PEERS = {
         note="ranks and workers change with ElasticIterator, which drops the last, short batch; "
         "mp_prefetch alone ends with an IndexError",
     ),
-    "spdl": Peer(
+    "spdl": ResumePeer(
         title="SPDL sampler",
         adapter="spdl_sampler",
         module="spdl",
@@ -136,7 +133,7 @@ PEERS = {
         offers=frozenset({"border"}),
         note="no state within an epoch in its docs; loader workers are threads",
     ),
-    "dali": Peer(
+    "dali": ResumePeer(
         title="DALI readers.webdataset",
         adapter="dali_reader",
         libraries=("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
@@ -144,7 +141,7 @@ PEERS = {
         offers=frozenset({"middle", "border", "workers", "seed"}),
         note="loader workers are threads",
     ),
-    "ffcv": Peer(
+    "ffcv": ResumePeer(
         title="FFCV",
         adapter="",
         libraries=("ffcv",),
