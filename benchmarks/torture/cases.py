@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torture import Peer
+from torture import ResumePeer
 from torture.consumer import Cut, Job, Setup, consume, read_notes
 from torture.images import DAMAGED, SAMPLES, damage, stored
 from torture.judge import Attempt, Delivery, Place, Verdict, compare, coverage, trainer_view
@@ -139,7 +139,7 @@ class Result:
 class Trial:
     """One loader on its way through the cases."""
 
-    def __init__(self, peer: Peer, folder: Path) -> None:
+    def __init__(self, peer: ResumePeer, folder: Path) -> None:
         """Args: the loader, and an empty folder."""
         self._adapter, self._folder = peer.adapter, folder
         self._offers = peer.offers
