@@ -38,7 +38,15 @@ from pipeline.dataset.versions import find_withdrawn
 from pipeline.remote.local import Dataset, LocalDataset
 from pipeline.stream.order import Ids
 from pipeline.stream.timing import Spent
-from pipeline.tools.errors import REBUILD, DamagedFile, DataError, DuetError, SetupError, UsageError
+from pipeline.tools.errors import (
+    MEDIUM_ERRORS,
+    REBUILD,
+    DamagedFile,
+    DataError,
+    DuetError,
+    SetupError,
+    UsageError,
+)
 from pipeline.tools.files import is_network_mount
 from pipeline.tools.watchdog import FileAccess
 
@@ -107,23 +115,20 @@ class ShardReader:
             UsageError: no such split, or no table of a field.
             DataError: the index is damaged, or a shard of a local set is missing.
         """
-        manifest = Manifest.load(dataset.folder)
+        self.manifest = manifest = Manifest.load(dataset.folder)
+        """Manifest of the dataset."""
         found = manifest.split(split, dataset.folder)
         if isinstance(dataset, LocalDataset):  # a store's missing shards show when they are fetched
             for shard in found.shards:
                 dataset.fetch_shard(shard)
-        self.split = split
-        self.shards = found.shards
-        self.manifest = manifest
-        """Manifest of the dataset."""
+        self.split, self.shards = split, found.shards
         self.encoding = manifest.encoding
         """Encoding of the samples: JPEG, or raw pixels, uint8 [side, side, 3]."""
         self.side = manifest.side
         """Height and width of every image in pixels; None where they differ."""
         self._dataset = dataset
         self._index = load_index(dataset.folder, split, manifest)
-        names = [shard.name for shard in found.shards]
-        gone = find_withdrawn(dataset.load_withdrawn(), names, self._index)
+        gone = find_withdrawn(dataset.load_withdrawn(), [s.name for s in found.shards], self._index)
         self._withdrawn = frozenset(gone.tolist())
         self._starts = np.cumsum([0, *(shard.samples for shard in found.shards)])
         self._tables = found.tables
@@ -217,8 +222,7 @@ class ShardReader:
         if buffer is None:
             buffer = np.empty(self.buffer_size(ids), np.uint8)
         rows = self._index[ids]
-        views, damaged = [], {}
-        start = 0
+        views, damaged, start = [], {}, 0
         columns = (rows[name].tolist() for name in ("shard", "offset", "size", "crc"))
         for place, (shard, offset, size, crc) in enumerate(zip(*columns, strict=True)):
             if self._withdrawn and (sample := int(ids[place])) in self._withdrawn:
@@ -228,7 +232,7 @@ class ShardReader:
             if self.maps and self._read_before[ids[place]]:
                 file = self._file(shard)
                 # Touching what was cut off since the shard was mapped would raise SIGBUS.
-                with self._watch(shard):
+                with FileAccess(file.path):
                     whole = os.fstat(file.number).st_size >= offset + size
                     if whole and self._crc(view := file.mapped[offset : offset + size]) == crc:
                         views.append(view)
@@ -434,14 +438,14 @@ class ShardReader:
     def _fill(self, view: memoryview, shard: int, offset: int, crc: int) -> str | None:
         """Read and check one sample; return what is wrong with it, or None."""
         try:
-            file = self._file(shard).number  # a download may take long, and is watched by itself
-            with self._watch(shard):
+            file = self._file(shard)  # a download may take long, and is watched by itself
+            with FileAccess(file.path):
                 start = perf_counter()
-                count = os.preadv(file, [view], offset)
+                count = os.preadv(file.number, [view], offset)
                 self._reading += perf_counter() - start
         except OSError as error:
             what = f"cannot be read ({error.strerror})"
-            if error.errno in (errno.EIO, errno.EBADMSG, errno.EUCLEAN):
+            if error.errno in MEDIUM_ERRORS:
                 return what
             path = self._dataset.root / self.shards[shard].name
             if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -451,9 +455,6 @@ class ShardReader:
         if count < len(view):
             return "the shard ends before it does"
         return None if self._crc(view) == crc else "CRC-32 differs"
-
-    def _watch(self, shard: int) -> FileAccess:
-        return FileAccess(self._dataset.folder / self.shards[shard].name)
 
     def _crc(self, view: memoryview | Bytes) -> int:
         start = perf_counter()
@@ -474,7 +475,7 @@ class ShardReader:
                 self._files.popitem(last=False)[1].close()
             start = perf_counter()
             with self._dataset.open(self.shards[number]) as opened:
-                file = self._files[number] = _ShardFile(os.dup(opened.fileno()))
+                file = self._files[number] = _ShardFile(os.dup(opened.fileno()), opened.name)
             self._opening += perf_counter() - start
         else:
             self._files.move_to_end(number)
@@ -495,11 +496,10 @@ def choose_sample(key: str, found: Sequence[int], split: str) -> int:
 
 
 class _ShardFile:
-    """An open shard."""
+    """An open shard: the number of its file descriptor, and its path."""
 
-    def __init__(self, number: int) -> None:
-        self.number = number
-        """File descriptor."""
+    def __init__(self, number: int, path: str | Path) -> None:
+        self.number, self.path = number, path
 
     @cached_property
     def mapped(self) -> Bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ from pipeline.batches import Batch, Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity, version_folder
 from pipeline.dataset.segments import Segment, append_version
+from pipeline.remote.dataset import open_dataset
+from pipeline.stream import shard_reader
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.ledger.proof import prove
+from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError
 from tests.helpers.images import folder_per_class, packed
 from tests.helpers.ledgers import change, ledgers
@@ -203,6 +207,18 @@ def test_withdrawn_samples_are_delivered_by_no_version(data, tmp_path, shuffle):
     with Stream(data, **SMALL) as stream:
         assert stream.samples == 56
         assert stream.damaged == {}
+
+
+def test_reads_of_a_version_are_watched_where_its_shards_are(data, monkeypatch):
+    watched = []
+    monkeypatch.setattr(
+        shard_reader, "FileAccess", lambda path: nullcontext(watched.append(Path(path)))
+    )
+    reader = ShardReader(open_dataset(data, version=1), "train")
+    reader.read(np.arange(4))
+    reader.close()
+    assert len(watched) == 4
+    assert all(path.is_file() for path in watched)
 
 
 def test_an_evaluation_gives_withdrawn_samples_no_weight(data):
