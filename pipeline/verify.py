@@ -42,12 +42,11 @@ from pipeline.dataset.tar import escape
 from pipeline.dataset.versions import (
     Version,
     Withdrawn,
-    find_version,
     list_versions,
     load_withdrawn,
+    locate_version,
     parse_version,
     read_local,
-    version_place,
 )
 from pipeline.options import Verify
 from pipeline.remote.dataset import locate_dataset
@@ -101,9 +100,7 @@ def check(
     """
     root = find_root(data)
     try:
-        Manifest.load(data)
-        if version is not None:
-            data = version_place(root, find_version(read_local(root), version, str(root)))
+        data = locate_version(data, version)
         manifest, versions = Manifest.load(data), list(list_versions(read_local(root), str(root)))
         newest = versions[0].manifest
         withdrawn = load_withdrawn(root, newest)

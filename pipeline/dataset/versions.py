@@ -22,7 +22,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset.manifest import LARGEST, NAME, Manifest, tables_folder, version_folder
+from pipeline.dataset.manifest import (
+    LARGEST,
+    NAME,
+    Manifest,
+    find_root,
+    tables_folder,
+    version_folder,
+)
 from pipeline.tools.errors import DamagedFile, UsageError
 from pipeline.tools.files import is_plain_name
 from pipeline.tools.jsonl import parse_rows
@@ -167,14 +174,27 @@ def read_local(root: Path) -> Read:
     return read
 
 
-def version_place(root: Path, found: SealedVersion) -> Path:
+def locate_version(folder: Path, wanted: Version) -> Path:
     """Return the folder that is opened for a version of a local data set: its manifest is there.
 
     It is that of the version, whose manifest stays when a later version is made; DATA itself while
     there is only a first one.
+
+    Args:
+        folder: DATA, or the folder of a version in it.
+        wanted: the version; None: the one that `folder` has.
+
+    Raises:
+        UsageError: `folder` holds no data set, or there is no such version.
+        DamagedFile: a manifest is missing or damaged.
     """
-    folder = root / version_folder(found.number)
-    return folder if (folder / NAME).is_file() else root
+    Manifest.load(folder)
+    if wanted is None:
+        return folder
+    root = find_root(folder)
+    found = find_version(read_local(root), wanted, str(root))
+    place = root / version_folder(found.number)
+    return place if (place / NAME).is_file() else root
 
 
 def load_withdrawn(folder: Path, newest: Manifest) -> Withdrawn:

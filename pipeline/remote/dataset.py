@@ -25,7 +25,6 @@ from pipeline.dataset.manifest import (
     Manifest,
     Shard,
     check_seal,
-    find_root,
     identity,
 )
 from pipeline.dataset.record import RECORD, read_address, read_versions
@@ -38,19 +37,14 @@ from pipeline.dataset.versions import (
     find_version,
     list_versions,
     load_withdrawn,
+    locate_version,
     parse_version,
-    read_local,
     read_newest,
-    version_place,
 )
 from pipeline.remote.answers import Mismatch
 from pipeline.remote.cache import AS_STORED, LOCKS, Cache
 from pipeline.remote.download import HashCheck, Store, translate_disk_errors
-from pipeline.remote.filesystem import (
-    StoreError,
-    is_remote,
-    local_path,
-)
+from pipeline.remote.filesystem import StoreError, is_remote, local_path
 from pipeline.remote.local import Dataset, LocalDataset
 from pipeline.remote.prefetch import FetchOutcome, ShardPrefetcher
 from pipeline.tools.errors import DamagedFile, DataError, UsageError
@@ -96,12 +90,7 @@ def open_dataset(
     """
     address = os.fspath(data)
     if not is_remote(address):
-        folder = local_path(address)
-        Manifest.load(folder)
-        if version is not None:
-            root = find_root(folder)
-            folder = version_place(root, find_version(read_local(root), version, str(root)))
-        return LocalDataset(folder)
+        return LocalDataset(locate_version(local_path(address), version))
     store = Store(address)
     folder = (default_cache() if cache is None else Path(cache)).absolute()
     with announce(f"opening {hide_credentials(address)}"):
