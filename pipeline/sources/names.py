@@ -21,17 +21,8 @@ _ARCHIVE_ENDINGS = (
 _DOCUMENT_ENDINGS = (
     *(".md", ".rst", ".txt", ".csv", ".tsv", ".json", ".jsonl", ".yaml", ".yml", ".toml", ".xml"),
     *(".html", ".htm", ".pdf", ".log", ".py", ".sh", ".ipynb", ".bib", ".cff", ".mat", ".url"),
-    *(
-        ".md5",
-        ".sha1",
-        ".sha256",
-        ".idx",
-        ".index",
-        ".index.npy",
-        "stats.npz",
-        "aggregates.npz",
-        PARQUET,
-    ),
+    *(".md5", ".sha1", ".sha256", ".idx", ".index", ".index.npy"),
+    *("stats.npz", "aggregates.npz", PARQUET),
 )
 """Endings of texts, lists, checksums, indices and tables, none of which holds images."""
 _DOCUMENTS = frozenset(

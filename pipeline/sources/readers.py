@@ -254,14 +254,14 @@ def _read_all(file: int) -> bytes:
     return b"".join(parts)
 
 
-AHEAD, AHEAD_BYTES = 16, 32 << 20
-"""Most files of a store that are fetched ahead by a process, and most bytes of them."""
+PREFETCHED, PREFETCHED_BYTES = 16, 32 << 20
+"""Most files of a store that a process prefetches at a time, and most bytes of them."""
 UNKNOWN_BYTES = 1 << 20
 """Bytes that a file counts for whose size is not listed."""
 
 
 class StoreFolderReader:
-    """Files of a folder in a store; those that are wanted next are fetched ahead."""
+    """Files of a folder in a store; those that are wanted next are prefetched."""
 
     def __init__(
         self,
@@ -279,7 +279,7 @@ class StoreFolderReader:
             for one in ((name, size), *((member_name(name, field), WHOLE_FILE) for field in fields))
         )
         self._running: deque[tuple[str, int, BackgroundCall[bytes]]] = deque()
-        """Name, size and request of each file that is fetched ahead."""
+        """Name, size and request of each file that is prefetched."""
 
     def read(self, name: str, place: int, size: int) -> bytes:
         """Return the bytes of file `name`; see `SourceReader`."""
@@ -309,30 +309,30 @@ class StoreFolderReader:
         return self.read(member_name(name, field), place, WHOLE_FILE)
 
     def close(self) -> None:
-        """Forget what is fetched ahead; requests under way end by themselves."""
+        """Forget what is prefetched; requests under way end by themselves."""
         self._wanted.clear()
         self._running.clear()
 
     def _take(self, name: str) -> bytes | None:
-        """Return the bytes of a file that was fetched ahead; None if it was not, or failed."""
+        """Return the bytes of a file that was prefetched; None if it was not, or failed."""
         call = None
         while call is None and (self._running or self._wanted):
-            self._fetch_ahead()
+            self._prefetch()
             if self._running:  # else none was left but some that are too large
                 found, _, request = self._running.popleft()
                 call = request if found == name else None
-        self._fetch_ahead()
+        self._prefetch()
         with suppress(Exception):  # it is read again, with retries
             return None if call is None else call.result(self._policy.request_timeout())
         return None
 
-    def _fetch_ahead(self) -> None:
+    def _prefetch(self) -> None:
         """Request the next files, one at least."""
         taken = sum(size for _, size, _ in self._running)
-        while self._wanted and len(self._running) < AHEAD:
+        while self._wanted and len(self._running) < PREFETCHED:
             name, size = self._wanted[0]
             size = size if size >= 0 else UNKNOWN_BYTES
-            if self._running and taken + size > AHEAD_BYTES:
+            if self._running and taken + size > PREFETCHED_BYTES:
                 return
             self._wanted.popleft()
             if 0 < size <= MOST_IMAGE_BYTES:

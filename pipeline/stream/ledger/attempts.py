@@ -141,19 +141,18 @@ def _check_dataset(
     file: LedgerFile, data: Path, known: Mapping[str, SealedVersion], selection: Selection | None
 ) -> None:
     header = file.header
-    counts = [(segment.version, segment.samples) for segment in file.segments]
     if selection is not None and len(selection.identities) > 1:
         if not known.keys() & set(selection.identities):
             _refuse(file, data, known, "any of its mixture")
         if header.samples != selection.stored:
             _refuse_count(file, data, header.samples, selection.stored)
         return
-    for identity, samples in counts:
-        if identity not in known:
-            _refuse(file, data, known, f"manifest {identity[:12]}")
-        stored = known[identity].manifest.split(header.split, data).samples
-        if samples != stored:
-            _refuse_count(file, data, samples, stored)
+    for segment in file.segments:
+        if segment.version not in known:
+            _refuse(file, data, known, f"manifest {segment.version[:12]}")
+        stored = known[segment.version].manifest.split(header.split, data).samples
+        if segment.samples != stored:
+            _refuse_count(file, data, segment.samples, stored)
 
 
 def _refuse(file: LedgerFile, data: Path, known: Iterable[str], named: str) -> NoReturn:

@@ -294,10 +294,8 @@ class _Prover:
             known &= (window.due >= low) & (window.delivered >= low)
         for slot in np.flatnonzero(owned & ~known)[: LISTED + 1].tolist():
             position, due = window.first + slot, int(window.due[slot])
-            epoch, file = (
-                window.stretch.find_epoch(position),
-                self._files[window.owner[slot]].path.name,
-            )
+            epoch = window.stretch.find_epoch(position)
+            file = self._files[window.owner[slot]].path.name
             reason = (
                 f"position {position:,} (epoch {epoch}): sample {due} was due and "
                 f"{window.delivered[slot]} delivered, but the split has only "

@@ -133,7 +133,7 @@ def test_the_next_images_are_fetched_while_one_is_used(remembered, monkeypatch):
         return request(self, name)
 
     monkeypatch.setattr(readers.StoreFolderReader, "_request", count)
-    monkeypatch.setattr(readers, "AHEAD", 4)
+    monkeypatch.setattr(readers, "PREFETCHED", 4)
     reader = open_remembered(9)
     assert reader.read("0.jpg", 0, 50) == b"0.jpg" * 10
     assert all_asked.wait(10)  # the first, and four more
@@ -142,7 +142,7 @@ def test_the_next_images_are_fetched_while_one_is_used(remembered, monkeypatch):
     for number in range(4, 9):
         assert reader.read(f"{number}.jpg", 0, 50) == f"{number}.jpg".encode() * 10
     assert sorted(asked) == [f"{number}.jpg" for number in range(9)]
-    monkeypatch.setattr(readers, "AHEAD_BYTES", 100)
+    monkeypatch.setattr(readers, "PREFETCHED_BYTES", 100)
     asked.clear()
     all_asked.clear()
     reader = open_remembered(9)
