@@ -7,11 +7,11 @@ means images, not faults.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.dataset.tar import escape
-from pipeline.tools.errors import DamagedSource
+from pipeline.tools.errors import DamagedSource, UsageError
 from pipeline.tools.text import hide_credentials
 
 FAULTS_SHOWN = 3
@@ -43,14 +43,26 @@ class Faults:
         """Add the fault of a container, of which so many images were listed before."""
         self._faults.append(_Fault(error, address, images, known))
 
-    def refuse(self, *marks: str) -> None:
-        """Raise the first damage of a source with a mark in its path, or of all, if there is any.
+    def refuse(self) -> None:
+        """Raise the first damage, if there is any: for where no image is left."""
+        if self._faults:
+            raise self._faults[0].error
 
-        For where nothing is left that could be packed.
+    def refuse_class(self, name: str, marks: Sequence[str]) -> None:
+        """Raise the first damage of a class of which no image is left, if there is any.
+
+        Skipping it would take the class from the data set, and its number from those behind it.
+
+        Args:
+            name: name of the class.
+            marks: the paths of its sources have one of them.
         """
         for error, *_ in self._faults:
-            if not marks or any(mark in f"{error.source}/" for mark in marks):
-                raise error
+            if any(mark in f"{error.source}/" for mark in marks):
+                raise UsageError(
+                    f"{error}; no image of class {name!r} is left, so it is not skipped: mend it, "
+                    "or move it away to pack without the class"
+                ) from error
 
     def estimate_lost(self, counts: Mapping[str, int]) -> list[int]:
         """Return for each fault how many images lie behind it, 1 at least.

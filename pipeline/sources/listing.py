@@ -363,8 +363,9 @@ class ListingWriter:
         counts = _relabel(rows_file, table)
         for name, count in zip(self._classes, counts.tolist(), strict=True):
             if count == 0:
-                self.faults.refuse(f"/{name}/", f"/{name}.tar/")
-                why = self.summarize_rejects(f"/{name}/", f"/{name}.tar/")
+                marks = f"/{name}/", f"/{name}.tar/"
+                self.faults.refuse_class(name, marks)
+                why = self.summarize_rejects(*marks)
                 raise UsageError(
                     f"class {name!r} of source {self._source} has no images that can be packed "
                     f"(rejected: {why}); add some or remove it"

@@ -235,10 +235,15 @@ def test_a_tar_of_tars_that_ends_inside_a_class(tmp_path):
 
 def test_a_class_or_a_source_of_which_nothing_is_left_is_refused(tmp_path):
     source = tmp_path / "s"
-    classes_of(source)
+    whole = classes_of(source)
+    left = "; no image of class 'b' is left, so it is not skipped: mend it, or move it away"
     (source / "b.tar").write_bytes(b"\x1f\x8b\x08" + bytes(2000))
-    with pytest.raises(UsageError, match=r"b\.tar cannot be read \(it is compressed with gzip"):
+    wanted = r"b\.tar cannot be read \(it is compressed with gzip.*" + left
+    with pytest.raises(UsageError, match=wanted):
         list_source(source, tmp_path / "1")
+    (source / "b.tar").write_bytes(whole["b"][:700])
+    with pytest.raises(UsageError, match=rf"b\.tar cannot be read \(b0\.jpg goes on.*{left}"):
+        list_source(source, tmp_path / "4")
     for name in "ac":
         (source / f"{name}.tar").write_bytes(b"")
     with pytest.raises(UsageError, match=r"a\.tar cannot be read \(it is empty\)"):
