@@ -131,7 +131,7 @@ def _list_lines(state: RunState, width: int) -> dict[str, str]:
     if state.checkpoint:
         lines["checkpoint"] = _format_checkpoint(state.checkpoint)
     if state.replaced:
-        lines["quarantine"] = f"{state.replaced:,} damaged images replaced by others"
+        lines["quarantine"] = f"{state.replaced:,} damaged or withdrawn images replaced by others"
     if state.starts > 1 or (state.ends and state.state != "finished"):
         lines["starts"] = "\n".join([f"{state.starts:,}", *map(_format_end, state.ends)])
     return lines

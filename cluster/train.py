@@ -305,7 +305,7 @@ def train_run(
             if count := count_rows(folder / QUARANTINE):
                 images = "image was" if count == 1 else "images were"
                 screen.say(
-                    f"{count:,} damaged {images} replaced by others; "
+                    f"{count:,} damaged or withdrawn {images} replaced by others; "
                     f"{command.run / QUARANTINE} lists them"
                 )
 

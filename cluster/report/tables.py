@@ -207,8 +207,8 @@ def make_run_tiles(records: Records) -> list[Tile]:
         note = f"layers compute in it; the setting was {wanted}"
         tiles.append(Tile("computed in", str(dtype), note=note))
     if replaced := int(np.nansum(metrics["replaced"])):
-        note = "others stood in; quarantine.jsonl lists them"
-        tiles.append(Tile("damaged images left out", f"{replaced:,}", note=note))
+        note = "damaged or withdrawn; quarantine.jsonl lists them"
+        tiles.append(Tile("images replaced", f"{replaced:,}", note=note))
     return tiles
 
 

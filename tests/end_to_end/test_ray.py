@@ -116,7 +116,10 @@ def test_a_remote_set_with_a_damaged_image_outlives_a_killed_worker_and_is_finis
         assert strangers(one.lines) == []
         done, replaced = one.lines[-2:]
         assert done.split() == ["step", str(STEPS), "done"]
-        assert f"1 damaged image was replaced by others; {run}/quarantine.jsonl" in replaced
+        assert (
+            f"1 damaged or withdrawn image was replaced by others; {run}/quarantine.jsonl"
+            in replaced
+        )
         assert {path.name for path in run.iterdir()} == {
             ".lock", ".leader", "attempts.jsonl", "config.toml", "machine.json", "metrics.jsonl",
             "validation.jsonl", "layers.jsonl", "kernels.jsonl", "rates.jsonl", "checkpoints",

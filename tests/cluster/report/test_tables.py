@@ -18,7 +18,7 @@ def test_damage_is_a_tile_and_no_damage_is_none(tmp_path: Path) -> None:
         lines = [json.dumps(row) + "\n" for row in rows]
         (tmp_path / run / "metrics.jsonl").write_text("".join(lines))
         shown = {tile.label: tile.value for tile in make_run_tiles(read_records(tmp_path / run))}
-        assert shown.get("damaged images left out") == ("7" if run == "damaged" else None)
+        assert shown.get("images replaced") == ("7" if run == "damaged" else None)
 
 
 def test_settings_as_a_person_writes_them() -> None:

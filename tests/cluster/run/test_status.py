@@ -223,7 +223,7 @@ def test_the_screen_shows_them_within_its_width(run, width):
     console.print(render(read_state(run.folder, NOW), width))
     text = console.export_text()
     words = ["running", "100 of 1,000", "10.0%", "3:00 left", "640 img/s",
-             "2.0% of a step for data", "step 90", "best 60.00%", "2 damaged images",
+             "2.0% of a step for data", "step 90", "best 60.00%", "2 damaged or withdrawn images",
              "the worker of", "GPU 3"]  # fmt: skip
     flat = " ".join(text.split())
     assert [word for word in words if word not in flat] == []
