@@ -42,8 +42,8 @@ MOST_MEMBER_BYTES = 1 << 26
 """Size limit of a member besides the image, in bytes: a batch is in memory at once."""
 INDEX_ENDING = ".index.npy"
 """Ending of a table of numbers, by which a build that reads this folder knows that it is one."""
-_LINES = 1 << 16
-"""Lines of a table that are written at a time."""
+LINES = 1 << 16
+"""Lines of a table that are read or written at a time."""
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
 
@@ -103,7 +103,7 @@ def save_texts(
         files = [stack.enter_context(atomic_write(folder / f"{split}.{name}")) for name in names]
         digests = [hashlib.sha256(), hashlib.sha256()]
         write_npy_header(files[1], digests[1], np.dtype("<u8"), count)
-        while block := list(islice(left, _LINES)):
+        while block := list(islice(left, LINES)):
             ends = np.cumsum([len(line) for line in block], dtype="<u8") + np.uint64(end)
             end = int(ends[-1])
             for file, digest, data in zip(
@@ -163,6 +163,11 @@ class TextTable:
     def __len__(self) -> int:
         return len(self._ends)
 
+    def __iter__(self) -> Iterator[str]:
+        """Yield the texts of all samples, in the order of ids; raises as `read`."""
+        for start in range(0, len(self), LINES):
+            yield from self.read(np.arange(start, min(start + LINES, len(self))))
+
     def read(self, ids: npt.NDArray[np.int64]) -> list[str]:
         """Return the texts of samples `ids` (int64 [b]).
 
@@ -184,8 +189,8 @@ class TextTable:
         Raises:
             DamagedFile: one is not.
         """
-        for start in range(0, len(self), _LINES):
-            self.read(np.arange(start, min(start + _LINES, len(self))))
+        for _ in self:
+            pass
 
     def find(self, text: str) -> Iterator[int]:
         """Yield the samples that have this text, in the order of ids; reads the file through."""

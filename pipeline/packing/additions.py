@@ -51,8 +51,6 @@ from pipeline.tools.processes import LocalPool, Pool
 from pipeline.tools.progress import announce, write_line
 from pipeline.tools.text import hide_credentials
 
-LINES = 1 << 16
-"""Names that are read at a time."""
 REPEATS = 3
 """Times that a chunk which was damaged on the disk is packed again before it is given up."""
 
@@ -356,7 +354,8 @@ class _Addition:
         parent = self._parent
         rows = [parent.indices[name] for name in parent.manifest.splits]
         keys = [content_keys(some["size"], some["crc"]) for some in rows]
-        gone = ((one.size, one.crc) for some in parent.withdrawn.values() for one in some)
+        samples = list(chain.from_iterable(parent.withdrawn.values()))
+        gone = content_keys([one.size for one in samples], [one.crc for one in samples])
         hashes = [kept.hashes[name] for name in parent.manifest.splits]
         save_known(self._target, np.concatenate(keys), np.concatenate(hashes), gone)
         return KnownImages(parent.newest.identity, parent.manifest.encoding == "raw")
@@ -398,17 +397,15 @@ class _Addition:
             )
         places = {name: place for place, name in enumerate(names)}
         found = np.full(len(names), -1, np.int64)
-        for start in range(0, len(table), LINES):
-            ids = np.arange(start, min(start + LINES, len(table)))
-            for sample, name in zip(ids.tolist(), table.read(ids), strict=True):
-                if (place := places.get(name)) is None:
-                    continue
-                if found[place] >= 0:
-                    raise UsageError(
-                        f"{self._target.address} has two images {name!r}; --replace cannot tell "
-                        "which is meant: withdraw one of them first"
-                    )
-                found[place] = sample
+        for sample, name in enumerate(table):
+            if (place := places.get(name)) is None:
+                continue
+            if found[place] >= 0:
+                raise UsageError(
+                    f"{self._target.address} has two images {name!r}; --replace cannot tell "
+                    "which is meant: withdraw one of them first"
+                )
+            found[place] = sample
         return found
 
     def _seal(

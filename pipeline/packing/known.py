@@ -7,7 +7,6 @@ first two alone would meet by chance where millions are compared with millions.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +45,7 @@ class KnownImages:
             image_hash: uint8 [32], its perceptual hash.
         """
         body = memoryview(data)[npy_header_size(data) if self.is_raw else 0 :]
-        key = np.uint64(len(body) << 32 | isal_zlib.crc32(body))
+        key = content_keys(len(body), isal_zlib.crc32(body))
         keys, hashes, withdrawn = _open(target, self.mark)
         place = int(np.searchsorted(withdrawn, key))
         if place < len(withdrawn) and withdrawn[place] == key:
@@ -59,25 +58,23 @@ class KnownImages:
         return None
 
 
-def content_keys(sizes: npt.NDArray[Any], crcs: npt.NDArray[Any]) -> Keys:
+def content_keys(sizes: npt.ArrayLike, crcs: npt.ArrayLike) -> Keys:
     """Return size and CRC-32 of stored images as one number each."""
-    joined: Keys = sizes.astype(np.uint64) << np.uint64(32) | crcs.astype(np.uint64)
+    joined: Keys = np.asarray(sizes, np.uint64) << np.uint64(32) | np.asarray(crcs, np.uint64)
     return joined
 
 
-def save_known(
-    target: Target, keys: Keys, hashes: Hashes, withdrawn: Iterable[tuple[int, int]]
-) -> None:
+def save_known(target: Target, keys: Keys, hashes: Hashes, withdrawn: Keys) -> None:
     """Write the files of `KnownImages`.
 
     Args:
         target: the data set.
         keys: `content_keys` of the images that it has.
         hashes: their perceptual hashes, in the same order.
-        withdrawn: size and CRC-32 of those that were withdrawn.
+        withdrawn: `content_keys` of those that were withdrawn.
     """
     order = np.argsort(keys, kind="stable")
-    gone = np.sort(np.array([size << 32 | crc for size, crc in withdrawn], np.uint64))
+    gone = np.sort(withdrawn)
     for name, array in ((_KEYS, keys[order]), (_HASHES, hashes[order]), (_WITHDRAWN, gone)):
         with target.create(name) as file:
             np.save(file, array)

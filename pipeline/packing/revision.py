@@ -24,6 +24,7 @@ from pipeline.dataset.index import Index, index_dtype, index_name, load_index, s
 from pipeline.dataset.manifest import DUPLICATES, REJECTS, Manifest, Shard, Split, version_folder
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.members import (
+    LINES,
     MEMBER_DTYPE,
     TEXT_KINDS,
     Members,
@@ -60,9 +61,6 @@ from pipeline.tools.errors import REBUILD, DataError
 from pipeline.tools.files import sha256
 from pipeline.tools.processes import Pool, read_ahead
 from pipeline.tools.progress import write_line
-
-_LINES = 1 << 16
-"""Names that are read at a time."""
 
 Ids = npt.NDArray[np.int64]
 
@@ -338,8 +336,8 @@ def _join_texts(
             return None
 
     def lines() -> Iterator[bytes]:
-        for start in range(0, len(edit.origin), _LINES):
-            block = edit.origin[start : start + _LINES]
+        for start in range(0, len(edit.origin), LINES):
+            block = edit.origin[start : start + LINES]
             known = block[block < count]
             texts = iter(old.read(known) if old is not None and len(known) else ())
             for one in block.tolist():

@@ -36,8 +36,6 @@ from pipeline.tools.progress import Progress, announce
 NAMED = 3
 """Keys that are not there which a message names."""
 BLOCK = 1 << 20
-LINES = 1 << 16
-"""Names that are read at a time."""
 
 
 def find_samples(parent: Parent, keys: Iterable[str]) -> dict[str, Ids]:
@@ -60,12 +58,10 @@ def find_samples(parent: Parent, keys: Iterable[str]) -> dict[str, Ids]:
                 f"{parent.target.address} does not know the names of its samples, as an older set; "
                 "withdraw by --class, or pack it anew"
             )
-        for start in range(0, len(table), LINES):
-            ids = np.arange(start, min(start + LINES, len(table)))
-            for sample, name in zip(ids.tolist(), table.read(ids), strict=True):
-                if name in wanted:
-                    found.setdefault(split, []).append(sample)
-                    missing.discard(name)
+        for sample, name in enumerate(table):
+            if name in wanted:
+                found.setdefault(split, []).append(sample)
+                missing.discard(name)
     if missing:
         some = ", ".join(map(escape, sorted(missing)[:NAMED]))
         hint = "; to finish a purge, give --purge alone" if parent.withdrawn else ""
