@@ -54,7 +54,7 @@ from pipeline.packing.duplicates import (
     write_duplicates,
 )
 from pipeline.packing.hamming import Hashes
-from pipeline.packing.measure import measure
+from pipeline.packing.measure import measure, subtract_images
 from pipeline.packing.shards import copy_file
 from pipeline.remote.target import FolderTarget, Target
 from pipeline.tools.errors import REBUILD, DataError
@@ -176,24 +176,41 @@ class Parent:
         names = [shard.name for found in shards if found for shard in found.shards]
         return 1 + max(map(shard_number, names), default=-1)
 
-    def read_aggregates(self, pool: Pool) -> Aggregates:
-        """Return sums and hashes of this version; a set without them is measured."""
-        manifest = self.manifest
+    def read_aggregates(self, pool: Pool, gone: Mapping[str, Ids] | None = None) -> Aggregates:
+        """Return sums and hashes of this version; a set without them is measured.
+
+        Args:
+            pool: decodes images.
+            gone: ids of images, of each split, that the sums leave out; their hashes may be 0.
+
+        Raises:
+            DataError: an image that is not among `gone` is damaged.
+            OSError: the target cannot be read.
+        """
+        manifest, gone = self.manifest, gone or {}
         try:
             content = self.target.read(f"{manifest.tables_in}/{AGGREGATES}".lstrip("/"))
         except FileNotFoundError:
             content = b""
         if (found := Aggregates.parse(content, manifest)) is not None:
-            return found
+            if "train" not in gone:
+                return found
+            rows = self.indices["train"]
+            removed, left = rows[gone["train"]], np.delete(rows, gone["train"])
+            sums = subtract_images(found.sums, self.target, manifest, removed, left, pool)
+            return replace(found, sums=sums)
         write_line(
             f"note: {self.target.address} keeps no sums of its images; all are read once, and no "
             "later version needs that"
         )
-        parts = {
-            name: measure(self.target, manifest, name, rows, pool, f"reading {name}")
-            for name, rows in self.indices.items()
-        }
-        return Aggregates(parts["train"][0], {name: found[1] for name, found in parts.items()})
+        parts, hashes = {}, dict[str, Hashes]()
+        for name, rows in self.indices.items():  # a damaged image can be withdrawn
+            left = np.delete(np.arange(len(rows)), gone.get(name, ()))
+            hashes[name] = np.zeros((len(rows), HASH_BYTES), np.uint8)
+            parts[name], hashes[name][left] = measure(
+                self.target, manifest, name, rows[left], pool, f"reading {name}"
+            )
+        return Aggregates(parts["train"], hashes)
 
 
 @dataclass(frozen=True)

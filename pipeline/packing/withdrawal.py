@@ -20,12 +20,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from isal import isal_zlib
 
-from pipeline.dataset.aggregates import Aggregates
 from pipeline.dataset.manifest import Manifest
 from pipeline.dataset.samples import group_samples
 from pipeline.dataset.tar import escape, read_members
 from pipeline.dataset.versions import SealedVersion, Withdrawn, WithdrawnSample, find_withdrawn
-from pipeline.packing.measure import subtract_images
 from pipeline.packing.revision import Ids, Parent, SplitEdit, VersionFacts, seal_version
 from pipeline.remote.target import FolderTarget, StoreTarget, Target
 from pipeline.tools.errors import DataError, UsageError
@@ -173,7 +171,7 @@ def _seal(
                 "data set instead, or pack another"
             )
         edits[split] = SplitEdit(left)
-    before = parent.read_aggregates(pool)
+    aggregates = parent.read_aggregates(pool, gone)
     change: dict[str, Any] = {"withdrawn": sum(map(len, gone.values()))}
     if purged:
         change["purged"] = sum(len(withdrawn[name]) for name in purged)
@@ -181,7 +179,7 @@ def _seal(
     if rejects is None:
         (rejects := scratch / "no-rejects.jsonl").write_bytes(b"")
     facts = VersionFacts(
-        aggregates=_subtract(parent, before, edits.get("train"), pool),
+        aggregates=aggregates,
         change=change,
         rejects=rejects,
         rejected=manifest.rejected,
@@ -192,17 +190,6 @@ def _seal(
     )
     with announce("sealing the version"):
         return seal_version(parent, edits, facts, scratch)
-
-
-def _subtract(parent: Parent, before: Aggregates, edit: SplitEdit | None, pool: Pool) -> Aggregates:
-    """Return aggregates without some training images."""
-    if edit is None:
-        return before
-    rows = parent.indices["train"]
-    removed = np.delete(rows, edit.origin)
-    left = rows[edit.origin]
-    sums = subtract_images(before.sums, parent.target, parent.manifest, removed, left, pool)
-    return Aggregates(sums, before.hashes)
 
 
 def _hash_purged(parent: Parent, withdrawn: Withdrawn) -> dict[str, str]:

@@ -12,6 +12,7 @@ import pytest
 
 from pipeline import withdraw as command
 from pipeline.batches import Stream
+from pipeline.dataset.aggregates import NAME as AGGREGATES
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.index import load_index
 from pipeline.dataset.manifest import NAME, Manifest, identity
@@ -251,8 +252,11 @@ def test_a_split_is_not_emptied_and_other_refusals(data, tmp_path):
     assert Manifest.load(data).number == 1
 
 
-def test_a_damaged_image_can_be_withdrawn(data, tmp_path):
+@pytest.mark.parametrize("has_sums", [True, False])
+def test_a_damaged_image_can_be_withdrawn(data, tmp_path, has_sums):
     manifest = Manifest.load(data)
+    if not has_sums:
+        (data / AGGREGATES).unlink()
     place = names(data).index("dog/003.jpg")
     row = load_index(data, "train", manifest)[place]
     shard = data / manifest.splits["train"].shards[row["shard"]].name
