@@ -234,7 +234,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def show(found: dict[str, Any]) -> None:
-    """Print the table, a line for each case of each loader that is not exact."""
+    """Print the table, and below it why a loader has no column."""
     head, *rows = make_rows(found)
     out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
     for title in head:

@@ -22,7 +22,7 @@ ALL = frozenset({"middle", "border", "world", "workers", "seed"})
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePeer:
-    """One line of the table."""
+    """One column of the table."""
 
     title: str
     """Name in the table."""

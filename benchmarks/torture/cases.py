@@ -1,13 +1,14 @@
 """The cases of the torture table, and the way of one loader through them.
 
 Each case compares a run that is cut and resumed with one that is not, of the same settings, by
-`judge.compare`. Attempts are groups of forked processes: the process that calls `run_cases` has
+`judge.compare`. Attempts are groups of forked processes: the process that calls `Trial.run` has
 imported the loader's library and started no thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import multiprocessing
 import os
 import re
@@ -33,7 +34,7 @@ TELLS = re.compile(r"corrupt|checksum|crc|damage", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One column of the table."""
+    """One line of the table."""
 
     title: str
     """Event, in words."""
@@ -107,7 +108,7 @@ CASES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class AttemptResult:
     """Outcome of an attempt, of all ranks."""
 
     attempt: Attempt
@@ -144,7 +145,7 @@ class Trial:
         self._adapter, self._folder = peer.adapter, folder
         self._offers = peer.offers
         self._attempts = 0
-        self._uncut: dict[str, Result] = {}
+        self._uncut: dict[str, AttemptResult] = {}
         self.data = folder / "data"
 
     def prepare(self) -> str:
@@ -178,17 +179,17 @@ class Trial:
         after = self.uncut(replace(setup, **case.then)) if "world" in case.then else None
         return self._judge(name, uncut, self._go(case, setup, uncut, name), after)
 
-    def _run_damaged(self, case: Case, setup: Setup, uncut: Result) -> dict[str, Any]:
+    def _run_damaged(self, case: Case, setup: Setup, uncut: AttemptResult) -> dict[str, Any]:
         """Compare a resumed run on damaged data with the same resumed run on sound data."""
         sound = self._go(case, setup, uncut, "border")
         setup = replace(setup, folder=self._folder / "damaged")
         shutil.copytree(self.data, setup.folder)
         results = self._go(case, setup, uncut, "damage", start=sound[-1].attempt.start)
         view = tuple(trainer_view(one.attempt for one in sound))
-        whole = Result(attempt=Attempt((0, 0), view), facts=[], hung=False, log="")
+        whole = AttemptResult(attempt=Attempt((0, 0), view), facts=[], hung=False, log="")
         return self._judge("damage", whole, results)
 
-    def uncut(self, setup: Setup) -> Result:
+    def uncut(self, setup: Setup) -> AttemptResult:
         """Return the run that is not cut; made once for the same settings."""
         key = repr(setup)
         if key not in self._uncut:
@@ -196,8 +197,8 @@ class Trial:
         return self._uncut[key]
 
     def _go(
-        self, case: Case, setup: Setup, uncut: Result, name: str, start: Place | None = None
-    ) -> list[Result]:
+        self, case: Case, setup: Setup, uncut: AttemptResult, name: str, start: Place | None = None
+    ) -> list[AttemptResult]:
         """Run all attempts of a case; `start`: where the trainer counts on, if not as it saved."""
         counts = [0] * setup.world
         for one in uncut.attempt.deliveries:
@@ -232,7 +233,7 @@ class Trial:
 
     def _start(
         self, setup: Setup, place: Place, states: tuple[Path, ...], cut: Cut | None
-    ) -> Result:
+    ) -> AttemptResult:
         """Run an attempt: one process for each rank."""
         self._attempts += 1
         notes = self._folder / f"attempt-{self._attempts:03}"
@@ -264,7 +265,7 @@ class Trial:
         found = [read_notes(notes / f"{rank}.notes", rank) for rank in range(setup.world)]
         deliveries = tuple(one for some, _ in found for one in some)
         logs = [path.read_text(errors="replace") for path in sorted(notes.glob("*.log"))]
-        return Result(
+        return AttemptResult(
             attempt=Attempt(place, deliveries),
             facts=[facts for _, facts in found],
             hung=hung,
@@ -272,7 +273,11 @@ class Trial:
         )
 
     def _judge(
-        self, name: str, uncut: Result, results: list[Result], after: Result | None = None
+        self,
+        name: str,
+        uncut: AttemptResult,
+        results: list[AttemptResult],
+        after: AttemptResult | None = None,
     ) -> dict[str, Any]:
         last = results[-1]
         verdict = compare_views(uncut, results, after)
@@ -303,22 +308,22 @@ class Trial:
         return coverage(uncut.attempt.deliveries, SAMPLES)
 
 
-def compare_views(uncut: Result, results: list[Result], after: Result | None = None) -> Verdict:
+def compare_views(
+    uncut: AttemptResult, results: list[AttemptResult], after: AttemptResult | None = None
+) -> Verdict:
     """Return what the attempts' trainer saw otherwise."""
     other: list[Delivery] = trainer_view(result.attempt for result in results)
     then = None if after is None else trainer_view([after.attempt])
     return compare(trainer_view([uncut.attempt]), other, then)
 
 
-def _badness(uncut: Result, results: list[Result]) -> tuple[bool, int, int]:
+def _badness(uncut: AttemptResult, results: list[AttemptResult]) -> tuple[bool, int, int]:
     verdict = compare_views(uncut, results)
     return not results[-1].done, verdict.missing + verdict.repeated, verdict.reordered
 
 
 def _prepare(job: Job) -> None:
     """Write the images: the main function of a process of its own."""
-    import importlib
-
     log = os.open(job.notes / "0.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

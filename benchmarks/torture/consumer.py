@@ -60,7 +60,7 @@ class Setup:
         return self.batch // self.world
 
 
-class Loader(Protocol):
+class ResumableLoader(Protocol):
     """Interface of what an adapter opens."""
 
     def epoch(self, epoch: int) -> Iterator[tuple[Sequence[int], np.ndarray]]:
@@ -71,6 +71,25 @@ class Loader(Protocol):
 
     def close(self) -> None:
         """Let go of threads and processes."""
+
+
+class StatefulLoader:
+    """A loader in torch's manner that saves its own place; each adapter makes its `_loader`."""
+
+    _loader: Any
+    """Iterable of identities and pixels as tensors, with `state_dict`."""
+
+    def epoch(self, epoch: int) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        """Yield the rest of the epoch."""
+        for ids, pixels in self._loader:
+            yield ids.tolist(), pixels.numpy()
+
+    def state(self) -> Any:
+        """Return the state of the loader."""
+        return self._loader.state_dict()
+
+    def close(self) -> None:
+        """Do nothing: workers end with their epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +161,9 @@ def consume(job: Job) -> None:
 def _train(job: Job, notes: int) -> None:
     setup, cut = job.setup, job.cut
     states = [pickle.loads(path.read_bytes()) for path in job.states]
-    loader: Loader = importlib.import_module(f"torture.{job.adapter}").open_loader(setup, states)
+    loader: ResumableLoader = importlib.import_module(f"torture.{job.adapter}").open_loader(
+        setup, states
+    )
     consumed = 0
     for epoch in range(job.start[0], setup.epochs):
         step = job.start[1] if epoch == job.start[0] else 0
@@ -169,7 +190,7 @@ def _train(job: Job, notes: int) -> None:
     loader.close()
 
 
-def _end(cut: Cut, job: Job, notes: int, loader: Loader, place: Place) -> bool:
+def _end(cut: Cut, job: Job, notes: int, loader: ResumableLoader, place: Place) -> bool:
     """End here as the case says; return True if the process itself is to stop."""
     if cut.how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -184,7 +205,7 @@ def _end(cut: Cut, job: Job, notes: int, loader: Loader, place: Place) -> bool:
     return True
 
 
-def _save(job: Job, notes: int, loader: Loader, place: Place) -> None:
+def _save(job: Job, notes: int, loader: ResumableLoader, place: Place) -> None:
     """Save the state, as a trainer does: in full under another name first."""
     path = job.notes / f"state-{place[0]}-{place[1]}-{job.setup.rank}"
     path.with_suffix(".part").write_bytes(pickle.dumps(loader.state()))

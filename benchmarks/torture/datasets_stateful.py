@@ -18,7 +18,7 @@ from datasets import load_dataset
 from datasets.distributed import split_dataset_by_node
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from torture.consumer import Setup
+from torture.consumer import Setup, StatefulLoader
 from torture.crops import random_crop
 from torture.images import shards, write_shards
 
@@ -37,7 +37,7 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
     return {"id": int(sample["__key__"]), "pixels": random_crop(sample["jpg"]["bytes"]).numpy()}
 
 
-class Images:
+class Images(StatefulLoader):
     """One loader for all epochs."""
 
     buffer = BUFFER
@@ -72,13 +72,6 @@ class Images:
         """Yield the rest of the epoch."""
         self._images.set_epoch(epoch)
         yield from self._loader
-
-    def state(self) -> Any:
-        """Return the state of the loader."""
-        return self._loader.state_dict()
-
-    def close(self) -> None:
-        """Do nothing: workers end with their epoch."""
 
 
 def _collate(samples: list[dict[str, Any]]) -> tuple[list[int], np.ndarray]:

@@ -34,20 +34,29 @@ def prepare(folder: Path) -> None:
         writer.close()
 
 
+def _shuffle(setup: Setup) -> grain.MapDataset:
+    files = sorted(str(path) for path in setup.folder.glob("*.arrayrecord"))
+    return (
+        grain.MapDataset.source(grain.sources.ArrayRecordDataSource(files))
+        .seed(setup.seed)
+        .shuffle()
+    )
+
+
+def _workers(setup: Setup) -> grain.multiprocessing.MultiprocessingOptions:
+    return grain.multiprocessing.MultiprocessingOptions(
+        num_workers=setup.workers, per_worker_buffer_size=setup.prefetch
+    )
+
+
 class Images:
     """An iterator over all epochs, cut into epochs by their number of batches."""
 
     def __init__(self, setup: Setup, states: Sequence[Any]) -> None:
-        files = sorted(str(path) for path in setup.folder.glob("*.arrayrecord"))
-        source = grain.sources.ArrayRecordDataSource(files)
-        samples = grain.MapDataset.source(source).seed(setup.seed).shuffle()
-        workers = grain.multiprocessing.MultiprocessingOptions(
-            num_workers=setup.workers, per_worker_buffer_size=setup.prefetch
-        )
-        batches = samples[setup.rank :: setup.world].random_map(crop_record)
+        batches = _shuffle(setup)[setup.rank :: setup.world].random_map(crop_record)
         batches = batches.batch(setup.local_batch, drop_remainder=False)
         self._length = len(batches)
-        prefetched = batches.repeat(setup.epochs).to_iter_dataset().mp_prefetch(workers)
+        prefetched = batches.repeat(setup.epochs).to_iter_dataset().mp_prefetch(_workers(setup))
         self._batches = iter(prefetched)
         self._taken = 0
         if states:
@@ -75,18 +84,14 @@ class ElasticImages(Images):
     """The iterator for any world; its state is one number."""
 
     def __init__(self, setup: Setup, states: Sequence[Any]) -> None:
-        files = sorted(str(path) for path in setup.folder.glob("*.arrayrecord"))
-        source = grain.sources.ArrayRecordDataSource(files)
-        samples = grain.MapDataset.source(source).seed(setup.seed).shuffle().random_map(crop_record)
+        samples = _shuffle(setup).random_map(crop_record)
         self._length = len(samples) // setup.batch
         self._batches = iter(
             ElasticIterator(
                 samples.repeat(setup.epochs),
                 setup.batch,
                 grain.sharding.ShardOptions(setup.rank, setup.world),
-                multiprocessing_options=grain.multiprocessing.MultiprocessingOptions(
-                    num_workers=setup.workers, per_worker_buffer_size=setup.prefetch
-                ),
+                multiprocessing_options=_workers(setup),
             )
         )
         self._taken = 0

@@ -6,15 +6,14 @@ resume data streaming"), loaded on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from litdata import StreamingDataLoader, StreamingDataset, optimize
 
-from torture.consumer import Setup
+from torture.consumer import Setup, StatefulLoader
 from torture.crops import random_crop
 from torture.images import stored, write_shards
 
@@ -44,7 +43,7 @@ class _Crops(StreamingDataset):  # type: ignore[misc]
         return sample["id"], random_crop(sample["jpeg"])
 
 
-class Images:
+class Images(StatefulLoader):
     """One loader for all epochs, as its README has it."""
 
     def __init__(self, setup: Setup, states: Sequence[Any]) -> None:
@@ -62,18 +61,6 @@ class Images:
         )
         if states:
             self._loader.load_state_dict(states[0])
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        """Yield the rest of the epoch."""
-        for ids, pixels in self._loader:
-            yield ids.tolist(), pixels.numpy()
-
-    def state(self) -> Any:
-        """Return the state of the loader."""
-        return self._loader.state_dict()
-
-    def close(self) -> None:
-        """Do nothing: workers end with their epoch."""
 
 
 open_loader = Images

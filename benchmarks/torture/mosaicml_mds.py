@@ -7,17 +7,16 @@ processes left is cleaned first, as its FAQ advises (`clean_stale_shared_memory`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peers import mosaicml_mds as _  # noqa: F401  # stands in for torchvision where it must
 from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
 from streaming.base.util import clean_stale_shared_memory
 
-from torture.consumer import Setup
+from torture.consumer import Setup, StatefulLoader
 from torture.crops import random_crop
 from torture.images import stored, write_shards
 
@@ -43,7 +42,7 @@ class _Crops(StreamingDataset):  # type: ignore[misc, unused-ignore]
         return sample["id"], random_crop(sample["jpeg"])
 
 
-class Images:
+class Images(StatefulLoader):
     """One loader for all epochs."""
 
     def __init__(self, setup: Setup, states: Sequence[Any]) -> None:
@@ -64,18 +63,6 @@ class Images:
         )
         if states:
             self._loader.load_state_dict(states[0])
-
-    def epoch(self, epoch: int) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        """Yield the rest of the epoch."""
-        for ids, pixels in self._loader:
-            yield ids.tolist(), pixels.numpy()
-
-    def state(self) -> Any:
-        """Return the state of the loader."""
-        return self._loader.state_dict()
-
-    def close(self) -> None:
-        """Do nothing: workers end with their epoch."""
 
 
 open_loader = Images

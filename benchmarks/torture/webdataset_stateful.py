@@ -18,7 +18,7 @@ import torch
 import webdataset as wds
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from torture.consumer import Setup
+from torture.consumer import Setup, StatefulLoader
 from torture.crops import random_crop
 from torture.images import shards, write_shards
 
@@ -35,12 +35,11 @@ def _sample(sample: dict[str, Any]) -> tuple[int, torch.Tensor]:
     return int(sample["__key__"]), random_crop(sample["jpg"])
 
 
-class Images:
+class Images(StatefulLoader):
     """A loader for each epoch."""
 
     def __init__(self, setup: Setup, states: Sequence[Any]) -> None:
         self._setup, self._states = setup, list(states)
-        self._loader: Any = None
 
     def epoch(self, epoch: int) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         """Yield the rest of the epoch."""
@@ -65,15 +64,7 @@ class Images:
         if self._states:
             self._loader.load_state_dict(self._states[setup.rank])
             self._states = []
-        for ids, pixels in self._loader:
-            yield ids.tolist(), pixels.numpy()
-
-    def state(self) -> Any:
-        """Return the state of the epoch's loader."""
-        return self._loader.state_dict()
-
-    def close(self) -> None:
-        """Do nothing: workers end with their epoch."""
+        yield from super().epoch(epoch)
 
 
 open_loader = Images
