@@ -31,7 +31,7 @@ from pipeline.dataset.index import INDEX_DTYPE, index_name, load_index
 from pipeline.dataset.manifest import Manifest, Shard, Split
 from pipeline.dataset.members import write_npy_header
 from pipeline.describe.facts import _count_split
-from pipeline.remote.dataset import LocalDataset
+from pipeline.remote.local import LocalDataset
 from pipeline.stream.order import BlockShuffle, FullShuffle
 from pipeline.tools.errors import UsageError, run
 
@@ -41,7 +41,7 @@ CLASSES = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class MetadataOptions:
     """Measure what a set of made-up images costs."""
 
     samples: float = 14e6
@@ -148,7 +148,7 @@ def measure(step: Callable[[Path], None], folder: Path) -> tuple[float, int]:
 
 def main() -> None:
     """Measure, and print a row for each step."""
-    options = tyro.cli(Options, description=__doc__)
+    options = tyro.cli(MetadataOptions, description=__doc__)
     samples = int(options.samples) // options.shard * options.shard
     if samples < options.shard or options.shard < 1:
         raise UsageError(f"--samples {options.samples:g} is not one shard of {options.shard}")

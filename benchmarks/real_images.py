@@ -62,7 +62,7 @@ Network = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class PhotographOptions:
     """Compare photographs through packing and stream with the same through Pillow."""
 
     images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         DuetError: a package or an image is missing.
     """
-    options = tyro.cli(Options, args=argv)
+    options = tyro.cli(PhotographOptions, args=argv)
     net, synsets = load_network()
     files = list_files(options.images, synsets)
     with tempfile.TemporaryDirectory(prefix="duet-real-") as folder:
