@@ -147,6 +147,15 @@ def second_data(image_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return out
 
 
+@pytest.fixture(scope="session")
+def more_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 12 images more of the classes of `tiny_data`, in shards of 5: to append to it."""
+    root = tmp_path_factory.mktemp("more")
+    folder_per_class(root / "train", 3, first_seed=900)
+    packed(root / "data", train=root / "train", samples_per_shard=5)
+    return root / "data"
+
+
 @pytest.fixture
 def data(tiny_data: Path, tmp_path: Path) -> Path:
     """A copy of `tiny_data` to do damage to."""

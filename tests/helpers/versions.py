@@ -28,12 +28,6 @@ def make_identity(number: int) -> str:
     return f"{number:064x}"
 
 
-def copy_set(data: Path, out: Path) -> Path:
-    """Copy a data set that gets more versions."""
-    shutil.copytree(data, out)
-    return out
-
-
 def append_samples(root: Path, other: Path, statistics: Path | None = None) -> str:
     """Seal a version with the training samples of another set behind its own.
 

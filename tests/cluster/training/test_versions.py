@@ -19,27 +19,12 @@ from pipeline.dataset.manifest import Manifest, identity, version_folder
 from pipeline.dataset.segments import Segment, append_version, count_epochs, find_divergence
 from pipeline.stream.ledger.proof import prove
 from pipeline.tools.errors import UsageError
-from tests.helpers.images import folder_per_class, packed
 from tests.helpers.training_runs import CONFIG, alone, rows
-from tests.helpers.versions import append_samples, copy_set, make_identity, withdraw
+from tests.helpers.versions import append_samples, make_identity, withdraw
 
 # Six steps of 8 are an epoch of 48; the seventh and eighth are of the next.
 LEDGERED = replace(CONFIG, ledger=True, steps=0, epochs=2.0, checkpoint_every=4, validate_every=8)
 LATEST = "--data-version", "latest"
-
-
-@pytest.fixture(scope="module")
-def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pack a set of 12 other images of the same classes."""
-    root = tmp_path_factory.mktemp("more")
-    folder_per_class(root / "train", 3, first_seed=900)
-    packed(root / "data", train=root / "train", samples_per_shard=5)
-    return root / "data"
-
-
-@pytest.fixture(name="data")
-def own_copy(tiny_data: Path, tmp_path: Path) -> Path:
-    return copy_set(tiny_data, tmp_path / "data")
 
 
 def start(config: Config, data: Path, run: Path, *words: str, stop_after: int = 0) -> None:
@@ -65,10 +50,10 @@ def check_evaluation(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not the data set of the training" not in err
 
 
-def test_a_run_keeps_the_version_that_it_began_with(data, more, tmp_path, capsys):
+def test_a_run_keeps_the_version_that_it_began_with(data, more_data, tmp_path, capsys):
     run, first = tmp_path / "run", identity(data)
     start(LEDGERED, data, run, stop_after=4)
-    append_samples(data, more, statistics=more)
+    append_samples(data, more_data, statistics=more_data)
     start(LEDGERED, data, run)
     assert read_identity(run).data_sha256 == first != identity(data)
     assert read_identity(run).segments == ()
@@ -81,10 +66,10 @@ def test_a_run_keeps_the_version_that_it_began_with(data, more, tmp_path, capsys
         start(LEDGERED, data, run, "--data-version", "2")
 
 
-def test_a_run_goes_on_with_the_newest_and_its_ledger_is_proved(data, more, tmp_path, capsys):
+def test_a_run_goes_on_with_the_newest_and_its_ledger_is_proved(data, more_data, tmp_path, capsys):
     run, first = tmp_path / "run", identity(data)
     start(LEDGERED, data, run, *LATEST, stop_after=4)
-    second = append_samples(data, more, statistics=more)
+    second = append_samples(data, more_data, statistics=more_data)
     withdrawn = withdraw(data, [5])
     start(LEDGERED, data, run, *LATEST)
     assert second != withdrawn == identity(data)

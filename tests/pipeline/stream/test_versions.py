@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,28 +22,17 @@ from pipeline.stream.config import StreamConfig
 from pipeline.stream.ledger.proof import prove
 from pipeline.stream.shard_reader import ShardReader
 from pipeline.tools.errors import DataError, UsageError
-from tests.helpers.images import folder_per_class, packed
 from tests.helpers.ledgers import change, ledgers
-from tests.helpers.versions import append_samples, copy_set, make_identity, withdraw
+from tests.helpers.versions import append_samples, make_identity, withdraw
 
 SMALL = {"batch_size": 12, "seed": 3, "threads": 1, "size": 32}
 
 
-@pytest.fixture(scope="module")
-def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pack a set of 12 other images of the same classes, in shards of 5."""
-    root = tmp_path_factory.mktemp("more")
-    folder_per_class(root / "train", 3, first_seed=900)
-    packed(root / "data", train=root / "train", samples_per_shard=5)
-    return root / "data"
-
-
 @pytest.fixture(name="data")
-def grown(tiny_data: Path, more: Path, tmp_path: Path) -> Path:
-    """Copy the tiny set of 48 samples, and append 12 in version 2."""
-    root = copy_set(tiny_data, tmp_path / "data")
-    append_samples(root, more, statistics=more)
-    return root
+def grown(data: Path, more_data: Path) -> Path:
+    """Append 12 samples to a copy of the tiny set of 48, as version 2."""
+    append_samples(data, more_data, statistics=more_data)
+    return data
 
 
 def list_identities(data: Path) -> list[str]:
@@ -152,9 +142,11 @@ def test_a_run_goes_on_with_the_new_version_at_the_border_of_an_epoch(data, tiny
     assert all(torch.equal(one, batch.images) for one, batch in zip(joined, batches, strict=True))
 
 
-def test_pixels_stay_normalized_as_the_run_began(data, tiny_data, more):
+def test_pixels_stay_normalized_as_the_run_began(data, tiny_data, more_data):
     segments = make_segments(data, 20)
-    means = [Statistics.load(one, Manifest.load(one)).channel_mean for one in (tiny_data, more)]
+    means = [
+        Statistics.load(one, Manifest.load(one)).channel_mean for one in (tiny_data, more_data)
+    ]
     assert not np.allclose(*means)
     with Stream(data, **SMALL, version=2) as stream:
         assert (stream.channel_mean == means[1]).all()
@@ -232,7 +224,7 @@ def test_an_evaluation_gives_withdrawn_samples_no_weight(data):
 
 
 def test_withdrawn_samples_of_raw_images_are_replaced_also_when_they_are_mapped(raw_data, tmp_path):
-    root = copy_set(raw_data, tmp_path / "raw")
+    root = Path(shutil.copytree(raw_data, tmp_path / "raw"))
     withdraw(root, [7])
     batches = read(root, 12, version=1)  # each sample three times: mapped from the second on
     assert 7 not in ids_of(batches)
