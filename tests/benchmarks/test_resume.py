@@ -207,6 +207,14 @@ def test_an_outcome_has_its_word(case, found, said):
     assert resume.word(case, found, steady=True) == said
 
 
+def test_the_page_of_results_has_the_table_of_its_file():
+    found = json.loads((ROOT / "benchmarks" / "results" / "resume.json").read_text("utf-8"))
+    table = f"{resume.BEGIN}\n{resume.make_markdown(found)}\n{resume.END}"
+    assert table in (ROOT / "docs" / "results.md").read_text("utf-8")
+    notes = {name: (row["page"], row["note"]) for name, row in found["loaders"].items()}
+    assert notes == {name: (peer.page, peer.note) for name, peer in PEERS.items()}
+
+
 def test_the_page_is_written_from_the_file_of_results(tmp_path):
     names = ["duet", "ffcv"]
     found = {
