@@ -37,11 +37,12 @@ follow = {
     "tanh": torch.tanh,
     "pool": lambda x, side, stride: F.max_pool2d(x, side, stride, ceil_mode=True),
     "norm": lambda x, n, size=5, alpha=1e-4, beta=0.75, k=2.0: F.local_response_norm(
+        # each of n columns by itself
         x.unflatten(1, (n, -1)).flatten(0, 1),
         size,
         alpha,
         beta,
-        k,  # each of n columns by itself
+        k,
     ).view_as(x),
     "multiply": lambda x, factor: x * factor,
     "mean_pool": lambda x, side, stride: F.avg_pool2d(x, side, stride, ceil_mode=True),
