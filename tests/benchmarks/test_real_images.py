@@ -53,6 +53,8 @@ def test_the_stream_is_as_good_as_pillow_and_mistakes_show(photographs, tmp_path
     assert real_images.judge(scores) == ["broken geometry adds less than 5% to the top-1 error"]
     bad = replace(scores["stream"], top1_error=0.5, agreement=0.5)
     assert len(real_images.judge(scores | {"stream": bad})) == 3
+    third = replace(scores[real_images.THIRD], top1_error=0.9)  # what mistakes are compared with
+    assert len(real_images.judge(scores | {real_images.THIRD: third})) == len(real_images.CONTROLS)
 
 
 def test_folders_that_are_no_synsets_are_refused(photographs, tmp_path):
