@@ -81,12 +81,15 @@ class Sgd2012:
                 groups.setdefault((rates.get(name), decay), []).append(name)
         self._moved = [name for names in groups.values() for name in names]
         for (rate, decay), names in groups.items():
-            adapted = [name for name in names if self._trust and self._parameters[name].dim() > 1]
-            adapted = [name for name in adapted if not name.endswith("bias")]
-            if plain := [name for name in names if name not in adapted]:
+            if plain := [name for name in names if not self._is_adapted(name)]:
                 self._update(plain, rate, decay)
-            for name in adapted:
+            for name in filter(self._is_adapted, names):
                 self._adapt(name, rate, decay)
+
+    def _is_adapted(self, name: str) -> bool:
+        """Return whether LARS sets the rate of a parameter."""
+        is_weight = self._parameters[name].dim() > 1 and not name.endswith("bias")
+        return self._trust > 0 and is_weight
 
     def _adapt(self, name: str, rate: float, decay: float) -> None:
         """Update one parameter by LARS; the host does not wait for the norms."""
