@@ -19,6 +19,7 @@ from pipeline.dataset.manifest import NAME, Manifest, identity
 from pipeline.dataset.versions import load_withdrawn, parse_withdrawn
 from pipeline.describe import __main__ as describe
 from pipeline.options import WithdrawOptions
+from pipeline.remote.dataset import open_dataset
 from pipeline.remote.target import FolderTarget, StoreTarget
 from pipeline.tools.errors import DataError, UsageError
 from pipeline.tools.files import sha256
@@ -26,6 +27,7 @@ from pipeline.verify import check, verify
 from pipeline.withdraw import make_version
 from tests.helpers.build_targets import Here, complaint, memory_address  # noqa: F401
 from tests.helpers.foreign_shards import index, made_by_webdataset  # noqa: F401 - a fixture
+from tests.helpers.http_servers import Server
 from tests.helpers.images import folder_per_class, jpeg, packed
 from tests.pipeline.packing.test_additions import add, names
 
@@ -346,3 +348,16 @@ def test_a_purge_does_not_take_a_damaged_shard_for_a_sound_one(data, tmp_path):
         withdraw(data, purge=True)
     assert path.read_bytes() == damaged
     assert (data / NAME).read_bytes() == before
+
+
+def test_a_purged_shard_of_a_store_is_sound_in_every_version(data, tmp_path):
+    purged = withdraw(data, "dog/003.jpg", file=tmp_path / "keys", purge=True).purged
+    first = Manifest.load(data / "versions/000001")
+    shards = [one for one in first.split("train", data).shards if one.name in purged]
+    with Server(data) as server:
+        found = open_dataset(server.address, cache=tmp_path / "cache", version=1)
+        for shard in shards:
+            assert sha256(found.fetch_shard(shard)) == purged[shard.name]
+            assert server.counts[shard.name] == 1, "it was taken for damaged, and fetched again"
+        found.close()
+    assert shards
