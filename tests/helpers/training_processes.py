@@ -163,7 +163,7 @@ OURS = re.compile(
     r"|replica  column   node |\d        [ab]( and b)?  |stopping: saving first|interrupted"
     r"|the worker of replica \d, (column [ab]|columns a and b) \(node \S+\) "
     r"died: .*; starting again$"
-    r"|1 damaged image|\S+ is finished"
+    r"|1 damaged or withdrawn image was replaced|\S+ is finished"
     r"|step +\d+  (loss|validation|checkpoint|done|saved, and ended|from here on: lr)|$"
 )
 

@@ -29,7 +29,8 @@ def is_read(path: Path) -> bool:
 
 @pytest.fixture(autouse=True)
 def _no_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests before may have left this process the signal handler of a command."""
+    """Only the tests count seconds; tests before may have left the signal handler of a command."""
+    monkeypatch.setattr(watchdog, "look", lambda passed: None)  # for the watchdog's own thread
     monkeypatch.setattr(watchdog, "_may_end_process", lambda: False)
 
 
