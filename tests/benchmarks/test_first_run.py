@@ -43,7 +43,15 @@ def note():
 """
 WITH_TORCH = {"torch", "triton", "numpy", "pillow", "sympy", "mpmath", "torchgen", "jinja2"}
 """Distributions that are there wherever torch and numpy are."""
-NOT_NEEDED = {"setuptools", "py", "platformdirs", "import-linter", "duet-stream"}
+NOT_NEEDED = {
+    "setuptools",
+    "py",
+    "platformdirs",
+    "import-linter",
+    "duet-stream",
+    "tqdm",
+    "colorama",
+}
 """Distributions that are imported where they are installed, by others, and not missed elsewhere."""
 
 
