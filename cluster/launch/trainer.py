@@ -1,4 +1,4 @@
-"""Trainer: Ray Train starts the workers of a run, and replaces those that die.
+"""Trainer: Ray Train starts the workers of a node, and replaces those that die.
 
 Each worker is a replica group of its own in the terms of Ray Train: when one dies, it starts
 another in the same bundle of the placement group, and the others keep their processes. When all
@@ -11,7 +11,6 @@ private to Ray Train is imported here only.
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,16 +89,18 @@ def ignore_interrupts() -> None:
 
 def start_trainer(
     settings: dict[str, Any],
-    nodes: Sequence[str],
+    node: str,
+    size: int,
     resources: dict[str, float],
     environment: dict[str, str],
     scratch: str,
 ) -> Any:
-    """Have Ray Train start a worker on each node.
+    """Have Ray Train start workers on a node.
 
     Args:
         settings: argument of `host_worker`.
-        nodes: Ray's ids of the workers' nodes, in rank order.
+        node: Ray's id of the node.
+        size: number of workers.
         resources: Ray's resources of each worker.
         environment: variables of the workers' processes.
         scratch: folder for Ray Train's own state; only the driver's node reads it.
@@ -112,11 +113,11 @@ def start_trainer(
         train_loop_config=settings,
         backend_config=WorkerBackendConfig(),
         scaling_config=ScalingConfig(
-            num_workers=len(nodes),
+            num_workers=size,
             use_gpu="GPU" in resources,
             resources_per_worker=resources,
-            placement_strategy="STRICT_PACK" if len(set(nodes)) == 1 else "PACK",
-            label_selector=[{"ray.io/node-id": node} for node in nodes],
+            placement_strategy="STRICT_PACK",
+            label_selector={"ray.io/node-id": node},
         ),
         run_config=RunConfig(
             name="train",

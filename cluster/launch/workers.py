@@ -1,7 +1,8 @@
 """Workers of a run over several starts: whoever lives is kept, the dead are replaced.
 
     seat     place of a rank: its node and GPU, and the worker that has it
-    trainer  one of Ray Train: starts the workers of all seats, or the spares, and replaces the dead
+    trainer  one of Ray Train: starts the workers of the seats of a node, or its spares, and
+             replaces the dead; each node has its own, so that a lost one leaves the others whole
     spare    a worker without a seat that has imported all it needs, and takes the place of a dead
              one on its node; when Ray Train has replaced that one, the new worker is a spare
 
@@ -11,7 +12,8 @@ A worker that Ray starts anew takes seconds of CPU time to import torch and DALI
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -36,14 +38,31 @@ ANSWER_TIMEOUT = 5.0
 """Seconds in which a worker that waits for a seat must answer."""
 END_TIMEOUT = 10.0
 """Seconds that Ray Train's controller may take to end."""
-SPARE_RESOURCES = {"memory": 1.0}
-"""Ray's resources of a spare: a byte, as a placement group must hold something."""
+MEMORY = "memory"
+"""Ray's resource of which each worker reserves some bytes, as many as its trainer's number: by
+these the placement group of a trainer that was killed is found again."""
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """Trainer of a node."""
+
+    node: str
+    """Ray's id of its node."""
+    handle: Any
+    """Result of `start_trainer`."""
+    has_spares: bool
+    """True if its workers are the node's spares."""
 
 
 @dataclass(eq=False)
 class _Seat:
     """Place of a rank."""
 
+    trainer: int
+    """Number of the trainer that starts its workers."""
+    rank: int
+    """Its rank there."""
     worker: Registration | None = None
     location: WorkerLocation | None = None
     """Node and GPU that Ray has reserved, once a worker of the seat's own was here."""
@@ -68,22 +87,39 @@ class Workers:
         self._members: list[Membership] = []
         self._idle: list[Registration] = []
         """Workers without a seat that are ready."""
-        self._trainers: dict[int, Any] = {}
-        """Trainer of the seats, then that of the spares, by a number that is never used again."""
+        self._trainers: dict[int, _Trainer] = {}
+        """Trainers by a number that is never used again."""
         self._count = 0
         """Number of trainers begun."""
         self._channel: Channel | None = None
         self._folders = ExitStack()
 
     def place(self, placement: Placement) -> None:
-        """Hold the seats of a placement; the workers of another one are ended."""
-        if placement == self.placement and not any(map(has_ended, self._trainers.values())):
-            return
-        self.end()
-        self.placement = placement
-        self._seats = [_Seat() for _ in placement.nodes]
+        """Hold the seats of a placement: those of nodes where nothing changes, and new ones."""
+        held = self._find_lasting(placement)
+        self._end_trainers([n for n, one in self._trainers.items() if one.node not in held])
         gpus = {"GPU": float(placement.gpus)} if placement.gpus else {}
-        self._begin(placement.nodes, {"CPU": float(placement.cpus)} | gpus)
+        for node, size in Counter(placement.nodes).items():
+            if node not in held:
+                number = self._begin(node, size, {"CPU": float(placement.cpus)} | gpus)
+                held[node] = [_Seat(number, rank) for rank in range(size)]
+        self.placement = placement
+        self._seats = [held[node].pop(0) for node in placement.nodes]
+
+    def _find_lasting(self, placement: Placement) -> dict[str, list[_Seat]]:
+        """Return the seats, in the order of ranks, of each node that another placement leaves."""
+        before, wanted = self.placement, Counter(placement.nodes)
+        if before is None or (before.cpus, before.gpus) != (placement.cpus, placement.gpus):
+            return {}
+        held = defaultdict[str, list[_Seat]](list)
+        for node, seat in zip(before.nodes, self._seats, strict=True):
+            held[node].append(seat)
+        broken = {one.node for one in self._trainers.values() if has_ended(one.handle)}
+        return {
+            node: seats
+            for node, seats in held.items()
+            if len(seats) == wanted[node] and node not in broken
+        }
 
     def open_channel(self) -> Channel:
         """Return the channel to the workers, as if it were new."""
@@ -99,9 +135,9 @@ class Workers:
         for new in self._channel.take_workers():
             if new.trainer in self._trainers:
                 self._register(new)
-        for rank, seat in enumerate(self._seats):
+        for seat in self._seats:
             if seat.worker is None and seat.location is not None:
-                self._fill(rank, seat, seat.location.node)
+                self._fill(seat, seat.location.node)
         if not all(seat.worker for seat in self._seats):
             return False
         self._members = describe_members([s.location for s in self._seats if s.location])
@@ -146,20 +182,19 @@ class Workers:
 
     def tend_spares(self, seconds: float) -> None:
         """Have the spares started, some seconds after a start; those that die are replaced."""
-        if self._spares_wanted and len(self._trainers) == 1 and seconds >= SPARES_AFTER:
-            assert self.placement is not None
-            nodes = list(dict.fromkeys(self.placement.nodes))
-            self._begin([n for n in nodes for _ in range(self._spares_wanted)], SPARE_RESOURCES)
+        if not self._spares_wanted or seconds < SPARES_AFTER:
+            return
+        assert self.placement is not None
+        have = {one.node for one in self._trainers.values() if one.has_spares}
+        for node in dict.fromkeys(self.placement.nodes):
+            if node not in have:
+                self._begin(node, self._spares_wanted, {}, has_spares=True)
 
     def end(self) -> None:
         """End all workers and give up their seats."""
-        if self._trainers:
-            end_trainers(list(self._trainers.values()))
-        for worker in [*self._idle, *(seat.worker for seat in self._seats if seat.worker)]:
-            self._end(worker)
+        self._end_trainers(list(self._trainers))
         self._folders.close()
-        self._seats, self._idle, self._trainers = [], [], {}
-        self.placement = self.error = None
+        self._seats, self.placement, self.error = [], None, None
 
     def __enter__(self) -> Workers:
         return self
@@ -170,17 +205,39 @@ class Workers:
         self.end()
         self._channel = None
 
-    def _begin(self, nodes: Sequence[str], resources: dict[str, float]) -> None:
-        """Have Ray Train start a worker on each node."""
+    def _begin(
+        self, node: str, size: int, resources: dict[str, float], *, has_spares: bool = False
+    ) -> int:
+        """Have Ray Train start workers on a node; return the number of their trainer."""
         from cluster.launch.trainer import start_trainer
 
         scratch = self._folders.enter_context(make_session_folder())
         assert self._channel is not None
-        settings = {"driver": self._channel.address, "trainer": self._count}
-        self._trainers[self._count] = start_trainer(
-            settings, nodes, resources, self._environment, str(scratch)
-        )
         self._count += 1
+        handle = start_trainer(
+            {"driver": self._channel.address, "trainer": self._count},
+            node,
+            size,
+            resources | {MEMORY: float(self._count)},
+            self._environment,
+            str(scratch),
+        )
+        self._trainers[self._count] = _Trainer(node, handle, has_spares)
+        return self._count
+
+    def _end_trainers(self, numbers: Iterable[int]) -> None:
+        """End trainers with their workers, wherever these sit."""
+        ended = {number: self._trainers.pop(number) for number in numbers}
+        if not ended:
+            return
+        end_trainers({number: one.handle for number, one in ended.items()})
+        sitting = [seat.worker for seat in self._seats if seat.worker]
+        self._idle, idle = [], self._idle
+        for worker in [*idle, *sitting]:
+            if worker.trainer in ended:
+                self._end(worker)
+            elif worker in idle:
+                self._idle.append(worker)
 
     def _register(self, new: Registration) -> None:
         """Note a worker that is ready; the one that it replaces is dead."""
@@ -190,15 +247,15 @@ class Workers:
         who = (new.trainer, new.rank)
         self._idle = [old for old in self._idle if (old.trainer, old.rank) != who]
         self._idle.append(new)
-        if new.trainer == min(self._trainers):
-            seat = self._seats[new.rank]
-            if seat.location not in (None, new.location):
-                self.drop(new.rank)  # Ray has reserved another GPU than its worker uses
-            seat.location = new.location
+        for rank, seat in enumerate(self._seats):
+            if (seat.trainer, seat.rank) == who:
+                if seat.location not in (None, new.location):
+                    self.drop(rank)  # Ray has reserved another GPU than its worker uses
+                seat.location = new.location
 
-    def _fill(self, rank: int, seat: _Seat, node: str) -> None:
+    def _fill(self, seat: _Seat, node: str) -> None:
         """Give a seat to a worker of its node: its own, or a spare."""
-        own = (min(self._trainers), rank)
+        own = (seat.trainer, seat.rank)
         near = [worker for worker in self._idle if worker.location.node == node]
         for worker in sorted(near, key=lambda one: (one.trainer, one.rank) != own):
             self._idle.remove(worker)
@@ -242,8 +299,12 @@ def has_ended(trainer: Any) -> bool:
     return bool(ray.wait([trainer.end], timeout=0)[0])
 
 
-def end_trainers(trainers: Sequence[Any]) -> None:
-    """End Ray Train's controllers, and with them their workers; free what they had reserved."""
+def end_trainers(trainers: Mapping[int, Any]) -> None:
+    """End Ray Train's controllers, and with them their workers; free what they had reserved.
+
+    Args:
+        trainers: results of `start_trainer` by the number of `MEMORY`'s bytes that each worker has.
+    """
     import ray
     from ray import PlacementGroupID
     from ray.util.placement_group import (
@@ -253,14 +314,15 @@ def end_trainers(trainers: Sequence[Any]) -> None:
     )
 
     with suppress(Exception):  # Ray itself may be gone
-        for trainer in trainers:
+        for trainer in trainers.values():
             ray.kill(trainer.controller)
-        ends = [trainer.end for trainer in trainers]
+        ends = [trainer.end for trainer in trainers.values()]
         ray.wait(ends, num_returns=len(ends), timeout=END_TIMEOUT)
         job = ray.get_runtime_context().get_job_id()
         for identity, group in placement_group_table().items():
             # The id of what a job has made ends with the job's own.
-            if identity.endswith(job) and group["state"] != "REMOVED":
+            is_own = identity.endswith(job) and group["state"] != "REMOVED"
+            if is_own and group["bundles"][0].get(MEMORY) in trainers:
                 remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(identity)))
 
 

@@ -13,7 +13,7 @@ from cluster.launch import workers
 from cluster.launch.gpus import has_driver
 from cluster.launch.placement import Placement, WorkerLocation
 from cluster.launch.worker import Registration
-from cluster.launch.workers import Workers, describe_members
+from cluster.launch.workers import Workers, _Trainer, describe_members
 
 
 class FakeChannel:
@@ -37,10 +37,11 @@ class FakeWorkers(Workers):
         self.log: list[str] = []
         self._channel = FakeChannel()  # type: ignore[assignment]
 
-    def _begin(self, nodes: Any, resources: Any) -> None:
-        self.log.append(f"start {''.join(nodes)}")
-        self._trainers[self._count] = None
+    def _begin(self, node: str, size: int, resources: Any, *, has_spares: bool = False) -> int:
+        self.log.append(f"start {node * size}")
         self._count += 1
+        self._trainers[self._count] = _Trainer(node, node, has_spares)
+        return self._count
 
     def _end(self, worker: Registration) -> None:
         self.log.append(f"end {worker.process}")
@@ -53,9 +54,10 @@ class FakeWorkers(Workers):
         return log
 
     def ready(self, *workers: tuple[int, int, int], gpus: dict[int, int] | None = None) -> bool:
-        """Have workers, as (trainer, rank, process), be ready on node m."""
+        """Have workers, as (trainer, rank, process), be ready."""
         for trainer, rank, process in workers:
-            where = WorkerLocation("m", "M", (gpus or {}).get(rank))
+            one = self._trainers.get(trainer)
+            where = WorkerLocation(one.node if one else "m", "M", (gpus or {}).get(rank))
             self._channel.registered.append(  # type: ignore[union-attr]
                 Registration(
                     trainer=trainer, rank=rank, handle=None, location=where, process=process
@@ -82,8 +84,8 @@ def place(nodes: str, gpus: int = 0) -> Placement:
 def test_who_lives_is_kept_and_a_spare_takes_the_place_of_the_dead(make):
     crew = make(1)
     crew.place(place("mm"))
-    assert not crew.ready((0, 1, 11))
-    assert crew.ready((0, 0, 10))
+    assert not crew.ready((1, 1, 11))
+    assert crew.ready((1, 0, 10))
     assert crew.seated() == [10, 11]
     crew.tend_spares(1.0)
     assert crew.take() == ["start mm"]  # the start is not slowed
@@ -93,9 +95,9 @@ def test_who_lives_is_kept_and_a_spare_takes_the_place_of_the_dead(make):
     crew.drop(1)
     crew.place(place("mm"))
     assert crew.take() == ["end 11"]
-    assert crew.ready((1, 0, 20))
+    assert crew.ready((2, 0, 20))
     assert crew.seated() == [10, 20]
-    assert crew.ready((0, 1, 12))  # whom Ray Train has started for the dead is the next spare
+    assert crew.ready((1, 1, 12))  # whom Ray Train has started for the dead is the next spare
     assert crew.seated() == [10, 20]
     crew.drop(0)
     assert crew.gather()
@@ -105,49 +107,80 @@ def test_who_lives_is_kept_and_a_spare_takes_the_place_of_the_dead(make):
 def test_a_spare_that_has_died_is_not_taken(make):
     crew = make(1)
     crew.place(place("m"))
-    crew.ready((0, 0, 10))
+    crew.ready((1, 0, 10))
     crew.tend_spares(60.0)
-    crew.ready((1, 0, 99))
+    crew.ready((2, 0, 99))
     crew.drop(0)
     assert not crew.gather()
     assert crew.take()[-2:] == ["end 10", "end 99"]
-    crew.ready((1, 0, 20), (1, 0, 21))  # Ray Train has replaced it twice
+    crew.ready((2, 0, 20), (2, 0, 21))  # Ray Train has replaced it twice
     assert crew.seated() == [21]
     assert not crew._idle
 
 
-def test_another_placement_ends_all_workers_and_those_of_before_are_not_taken(make):
+def test_another_size_of_a_node_ends_its_workers_and_those_of_before_are_not_taken(make):
     crew = make(0)
     crew.place(place("mm"))
-    assert crew.ready((0, 0, 10), (0, 1, 11))
+    assert crew.ready((1, 0, 10), (1, 1, 11))
     crew.place(place("m"))
     assert crew.take() == ["start mm", "end 10", "end 11", "start m"]
-    assert not crew.ready((0, 0, 12))
-    assert crew.ready((1, 0, 13))
+    assert not crew.ready((1, 0, 12))
+    assert crew.ready((2, 0, 13))
+    crew.place(place("m", gpus=1))  # other resources
+    assert crew.take() == ["end 13", "start m"]
+    assert crew.ready((3, 0, 14))
     crew.end()
-    assert crew.take() == ["end 13"]
+    assert crew.take() == ["end 14"]
 
 
-def test_workers_of_a_ray_train_that_has_ended_are_started_anew(make, monkeypatch):
+def test_the_workers_of_other_nodes_live_on_when_one_is_lost_or_comes(make):
+    crew = make(1)
+    crew.place(place("mmn"))
+    assert crew.ready((1, 0, 10), (1, 1, 11), (2, 0, 12))
+    crew.tend_spares(60.0)
+    assert crew.take() == ["start mm", "start n", "start m", "start n"]
+    crew.drop(1)
+    assert crew.ready((3, 0, 20), (4, 0, 30))
+    crew.drop(2)
+    assert crew.gather()
+    assert crew.seated() == [10, 20, 30]
+    crew.take()
+    crew.place(place("omm"))  # n is lost, and with it the spare that sits there
+    assert crew.take() == ["end 30", "start o"]
+    assert not crew.gather()
+    assert crew.seated() == [0, 10, 20]
+    assert not crew.ready((2, 0, 13))
+    assert crew.ready((5, 0, 15))
+    assert crew.seated() == [15, 10, 20]
+    assert [one.rank for one in crew._members] == [0, 1, 2]
+    assert crew.ready((1, 1, 14))  # trainers of nodes that stay still replace the dead
+    crew.tend_spares(60.0)
+    assert crew.take() == ["start o"]
+    crew.drop(2)
+    assert crew.gather()
+    assert crew.seated() == [15, 10, 14]
+
+
+def test_the_workers_of_a_ray_train_that_has_ended_are_started_anew(make, monkeypatch):
     crew = make(0)
-    crew.place(place("m"))
-    monkeypatch.setattr(workers, "has_ended", lambda trainer: True)
-    crew.place(place("m"))
-    assert crew.take() == ["start m", "start m"]
+    crew.place(place("mn"))
+    monkeypatch.setattr(workers, "has_ended", lambda trainer: trainer == "n")
+    crew.place(place("mn"))
+    assert crew.take() == ["start m", "start n", "start n"]
 
 
 def test_a_spare_takes_over_the_gpu_of_the_seat(make):
     crew = make(1)
     crew.place(place("mm", gpus=1))
-    crew.ready((0, 0, 10), (0, 1, 11), gpus={0: 2, 1: 3})
+    crew.ready((1, 0, 10), (1, 1, 11), gpus={0: 2, 1: 3})
     crew.tend_spares(60.0)
     crew.take()
     crew.drop(1)
-    assert crew.ready((1, 0, 20))
+    assert crew.ready((2, 0, 20))
     assert [one.gpu for one in crew._members] == [2, 3]
     assert crew.take() == ["end 11", "expose_gpus 0", "expose_gpus 1"]
     # All workers have died at once, and Ray has reserved other GPUs for those it starts.
-    assert crew.ready((0, 1, 12), gpus={1: 4})
+    assert crew.ready((1, 1, 12), gpus={1: 4})
     assert crew.take()[0] == "end 20"
     assert [one.gpu for one in crew._members] == [2, 4]
     assert crew.seated() == [10, 12]
