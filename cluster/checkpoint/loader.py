@@ -49,6 +49,7 @@ from cluster.run.folder import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
+    VALIDATION,
     Mark,
     find_conflicts,
     find_data_conflicts,
@@ -56,7 +57,7 @@ from cluster.run.folder import (
     read_last_step,
     read_run_id,
 )
-from cluster.run.jsonl import append_row, read_tail
+from cluster.run.jsonl import append_row, cut_rows, read_tail
 from pipeline.dataset.segments import Segments
 from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.remote.target import open_store
@@ -79,19 +80,23 @@ Errors = dict[str, float | None]
 
 
 @dataclass
-class _Discovery:
-    """Checkpoints that the leader has found."""
+class FoundState:
+    """Newest state of a run, and the checkpoints that the leader has found."""
 
     names: list[str] = field(default_factory=list)
     """Names of all complete checkpoints, newest first."""
     newest: str = ""
     """Name of the newest sound one; "" if there is none."""
     mark: Mark = field(default_factory=Mark)
+    """Step and position of the state."""
     errors: Errors = field(default_factory=dict)
+    """Errors of all checkpoints."""
     trouble: str = ""
     """Reason that they cannot be read; "" if they can."""
     is_in_memory: bool = False
     """True if the state of `mark`, a newer one, is in the memory of some workers."""
+    is_ended: bool = True
+    """False if the step of `mark` may still have to validate, and so on (`Offer.is_ended`)."""
 
     @property
     def saved(self) -> int:
@@ -171,7 +176,7 @@ def load_newest(
     tell: Tell,
     run_id: str = "",
     memory: Memory | None = None,
-) -> tuple[Mark, Errors, int]:
+) -> FoundState:
     """Load the newest sound state, of memory or a checkpoint; a collective call of all processes.
 
     Damaged checkpoints are skipped with a warning. Incomplete ones are removed.
@@ -186,10 +191,6 @@ def load_newest(
         run_id: name of the run; "" if it is not known.
         memory: state that this process has kept, or not.
 
-    Returns:
-        Step and position of the state; (on the leader) the errors of all checkpoints; and the step
-        of the newest checkpoint that is not known to be damaged.
-
     Raises:
         DataError: all checkpoints are damaged, or the newest is of another network.
         SetupError: they cannot be reached, or are of another run.
@@ -199,7 +200,7 @@ def load_newest(
     found, seen = (
         _discover(storage, run, run_id, tell, offers, columns)
         if mesh.is_leader
-        else (None, _Discovery())
+        else (None, FoundState())
     )
     seen = mesh.broadcast(seen)
     if seen.trouble:
@@ -209,7 +210,7 @@ def load_newest(
             if mesh.is_leader:
                 tell(Warned(f"{UNUSED} ({trouble}); the newest checkpoint is"))
             return load_newest(storage, run, mesh, net, optimizer, tell, run_id)
-        return seen.mark, seen.errors, seen.saved
+        return seen
     if seen.names and not seen.newest:
         raise DataError(
             f"no checkpoint in {storage.address} is sound; restore one, or name another --run to "
@@ -221,7 +222,7 @@ def load_newest(
         )
         load_checkpoint(path, net, optimizer)
         del holder  # and downloaded files with it
-    return seen.mark, seen.errors, seen.saved
+    return seen
 
 
 def _load_offer(
@@ -254,11 +255,11 @@ def _load_offer(
 def _discover(
     storage: CheckpointStorage, run: Path, run_id: str, tell: Tell,
     offers: Sequence[Offer | None] = (), columns: Sequence[int] = (),
-) -> tuple[Checkpoint | None, _Discovery]:  # fmt: skip
+) -> tuple[Checkpoint | None, FoundState]:  # fmt: skip
     """Find the newest state: sound in a checkpoint, or in memory. Leader only."""
     from cluster.checkpoint.memory import choose_offer  # here: the driver needs no torch
 
-    seen = _Discovery()
+    seen = FoundState()
     try:
         seen.names = storage.list_complete()
         before = read_last_step(run)
@@ -278,25 +279,40 @@ def _discover(
             tell(Warned(f"{UNUSED} ({why}); the checkpoint of step {saved} is"))
         if offer is not None:
             try:
-                append_row(run / METRICS, offer.mark.step, offer.row)
+                restore_rows(run, offer)
             except OSError as error:
-                why = f"{run / METRICS} cannot be written: {summarize_error(error)}"
+                why = f"the rows in {run} cannot be written: {summarize_error(error)}"
                 tell(Warned(f"{UNUSED} ({why}); the checkpoint of step {saved} is"))
             else:
-                seen.mark, seen.is_in_memory = offer.mark, True
+                seen.mark, seen.is_in_memory, seen.is_ended = offer.mark, True, offer.is_ended
                 return None, seen
         found = find_sound(storage, seen.names, tell)
         if found is not None and (words := describe_stranger(found.run, run_id)):
             raise SetupError(f"{storage.address} holds checkpoints {words}; name another --store")
     except SetupError as error:
-        return None, _Discovery(trouble=str(error))
+        return None, FoundState(trouble=str(error))
     except (OSError, DuetError) as error:
-        return None, _Discovery(
+        return None, FoundState(
             trouble=f"{storage.address} cannot be used ({summarize_error(error)})"
         )
     if found is not None:
         seen.newest, seen.mark = found.name, found.mark
     return found, seen
+
+
+def restore_rows(run: Path, offer: Offer) -> None:
+    """Have the files of RUN end with the rows of a state in memory; no `Rows` has them open.
+
+    A validation of a step that has not ended is made again.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    if not offer.is_ended:
+        cut_rows(run / VALIDATION, offer.mark.step - 1, lambda _: None)
+    for name, row in offer.rows.items():
+        if offer.is_ended or name != VALIDATION:
+            append_row(run / name, offer.mark.step, row)
 
 
 def fetch_own_columns(

@@ -1,11 +1,12 @@
 """State of a training in the memory of the workers that outlive another: no step is made twice.
 
 Replicas hold the same weights and velocities. When one is lost, another hands them to its
-successor, with the position and the row of the last step, and the checkpoint on the disk, some
+successor, with the position and the rows of the last step, and the checkpoint on the disk, some
 steps older, is not needed. Nothing is copied while training goes well.
 
     memory.hold(...)            when a training begins
-    memory.keep(mark, ...)      after each step
+    memory.keep_row(...)        for each row that is written, also in processes that write none
+    memory.keep(mark, ...)      after each update, and again when the step has ended
     memory.offer(run)           after a failure: step, position, hash of each column
     choose_offer(offers, ...)   the newest state of which every column is there
     receive_columns(...)        to the processes that lack it
@@ -13,17 +14,17 @@ steps older, is not needed. Nothing is copied while training goes well.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from isal import isal_zlib
 
-from cluster.run.folder import Mark
+from cluster.run.folder import METRICS, Mark
 from pipeline.tools.errors import DataError
+from pipeline.tools.jsonl import Row
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 State = dict[str, "Tensor"]
 """Tensors of columns by the keys of `format.collect_state`."""
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Offer:
     mark: Mark
     hashes: dict[int, int]
     """CRC-32 of the state of each column that it holds."""
-    row: Row | None
-    """Row of the step in metrics.jsonl."""
-    is_whole: bool
-    """True if the step wrote no other row, or all of them are written."""
+    rows: Mapping[str, Row]
+    """Rows of the step by the name of their file."""
+    is_ended: bool
+    """False if the step may still have to validate, to review the rates, and to be saved."""
 
 
 class Memory:
@@ -58,19 +58,22 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self.rows: deque[Row] = deque(maxlen=1)
-        """The last row of this process; `MetricsLog` adds them."""
-        self._run, self._mark, self._is_whole, self._updates = "", Mark(), False, 0
+        self._rows: dict[str, Row] = {}
+        """Last row by the name of its file."""
+        self._run, self._mark, self._is_ended, self._updates = "", Mark(), False, 0
         self._state: State = {}
         self._optimizer: Sgd2012 | None = None
 
-    def hold(self, run: str, net: AlexNet, optimizer: Sgd2012, mark: Mark) -> None:
+    def hold(
+        self, run: str, net: AlexNet, optimizer: Sgd2012, mark: Mark, *, is_ended: bool
+    ) -> None:
         """Hold the state of a training that has been loaded.
 
         Args:
             run: name of the run.
             net, optimizer: have weights and velocities.
             mark: step of the state.
+            is_ended: argument of `keep`.
         """
         self._run, self._optimizer = run, optimizer
         both = (("weights", net.values()), ("velocity", optimizer.velocities))
@@ -79,18 +82,23 @@ class Memory:
             for prefix, tensors in both
             for key, view in net.view_columns(tensors)
         }
-        self.rows.clear()
-        self.keep(mark, is_whole=True)
+        self._rows.clear()
+        self.keep(mark, is_ended=is_ended)
 
-    def keep(self, mark: Mark, is_whole: bool) -> None:
+    def keep_row(self, file: str, row: Row) -> None:
+        """Keep the last row of a file of RUN, whether this process writes it or not."""
+        self._rows[file] = row
+
+    def keep(self, mark: Mark, *, is_ended: bool) -> None:
         """Note that the weights are those after a step.
 
         Args:
             mark: the step.
-            is_whole: whether its row in metrics.jsonl is all that it writes, or all is written.
+            is_ended: whether it has also validated, reviewed the rates, and begun to be saved,
+                where it is due.
         """
         if self._optimizer is not None:
-            self._mark, self._is_whole, self._updates = mark, is_whole, self._optimizer.updates
+            self._mark, self._is_ended, self._updates = mark, is_ended, self._optimizer.updates
 
     def collect(self) -> State:
         """Return the tensors that are held, not copies."""
@@ -104,7 +112,8 @@ class Memory:
             return None
         columns = sorted({find_column(key) for key in self._state})
         hashes = {column: hash_state(select_column(self._state, column)) for column in columns}
-        return Offer(self._mark, hashes, self.rows[-1] if self.rows else None, self._is_whole)
+        rows = {name: row for name, row in self._rows.items() if row["step"] == self._mark.step}
+        return Offer(self._mark, hashes, rows, self._is_ended)
 
 
 def find_column(key: str) -> int:
@@ -138,8 +147,8 @@ def choose_offer(
         saved: step of the newest checkpoint.
 
     Returns:
-        An offer of that state (None: the checkpoint is to be taken), and why not; "" if there is
-        nothing to say.
+        An offer of that state with all of its rows (None: the checkpoint is to be taken), and why
+        not; "" if there is nothing to say.
     """
     there = [offer for offer in offers if offer is not None]
     if not there:
@@ -154,12 +163,12 @@ def choose_offer(
             continue  # of another replica that was further, or behind
         if any(len(hashes) > 1 for hashes in held):
             why = why or f"workers differ in that of step {step}"
-        elif not any(offer.is_whole for offer in same):
-            why = why or f"a row of step {step} may be missing"
-        elif written < step - any(o.row and o.row["step"] == step for o in same):
+        elif written < step - any(METRICS in offer.rows for offer in same):
             why = why or f"the row of step {written + 1} is missing"
         else:
-            return max(same, key=lambda o: bool(o.row and o.row["step"] == step)), ""
+            rows = {name: row for offer in same for name, row in offer.rows.items()}
+            is_ended = step == saved or any(offer.is_ended for offer in same)
+            return replace(same[0], rows=rows, is_ended=is_ended), ""
     return None, why
 
 

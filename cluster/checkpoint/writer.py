@@ -147,6 +147,8 @@ class CheckpointManager:
         """Arguments of the last `begin` if it skipped the checkpoint."""
         self._good = 0
         """Step of the last complete checkpoint."""
+        self.is_ended = True
+        """False if `resume` found a step in memory that may still have to validate, and so on."""
         self._errors: dict[str, float | None] = {}
         """Validation errors of the complete checkpoints, by name."""
         self._copies: dict[str, Tensor] = {}
@@ -165,10 +167,11 @@ class CheckpointManager:
             DataError: there are some, and none is sound.
             SetupError: they cannot be reached.
         """
-        mark, self._errors, self._good = load_newest(
+        found = load_newest(
             self._storage, self._run, self._mesh, net, optimizer, self._tell, self._run_id, memory
         )
-        return mark
+        self._errors, self._good, self.is_ended = found.errors, found.saved, found.is_ended
+        return found.mark
 
     @property
     def last_step(self) -> int:

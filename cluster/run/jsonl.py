@@ -195,14 +195,12 @@ def cut_rows(path: Path, step: int, warn: Callable[[str], None]) -> None:
         )
 
 
-def append_row(path: Path, step: int, row: Row | None) -> None:
+def append_row(path: Path, step: int, row: Row) -> None:
     """Add the row of a step to a file that no `Rows` has open, unless it is there.
 
     Raises:
         OSError: the file cannot be written.
     """
-    if row is None or row["step"] != step:
-        return
     cut_rows(path, step, lambda _: None)
     if next(iter(read_tail(path, 1)), {}).get("step") != step:
         with path.open("ab") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from model.schedule import Rates
 from model.timing import HostCopy, Instant, Span, Stopwatch, mark_time, sum_seconds
 from pipeline.dataset.segments import Segments, as_segments, count_epochs
 from pipeline.stream.timing import WaitTimes
+from pipeline.tools.jsonl import Row
 
 TELL_EVERY = 0.25
 """Seconds between `Stepped` events; the file has every step."""
@@ -77,7 +78,7 @@ class MetricsLog:
 
     def __init__(
         self, run: Path, mesh: ProcessMesh, tell: Tell, samples: int | Segments, step: int,
-        publish: Sequence[Publish] = (), keep: MutableSequence[dict[str, Any]] | None = None,
+        publish: Sequence[Publish] = (), keep: Callable[[str, Row], object] = lambda *_: None,
     ) -> None:  # fmt: skip
         """Open the files of `run`, first cutting off rows after `step`.
 
@@ -88,7 +89,7 @@ class MetricsLog:
             samples: number of training images, or the segments of the run, to compute epochs.
             step: step to resume from; 0 for a new run.
             publish: receive the metrics of this process about once a second.
-            keep: collects the rows of this process.
+            keep: receives each row with the name of its file, in all processes.
         """
         self._mesh, self._tell, self._segments = mesh, tell, as_segments(samples)
         self._publish, self._keep = list(publish), keep
@@ -200,11 +201,9 @@ class MetricsLog:
             return
         row, self._pending = self._finish_row(self._pending), None
         self._replaced += row["replaced"]
-        if self._keep is not None:
-            self._keep.append(row)
+        self._add(METRICS, row)
         now = time.monotonic()
         if self._mesh.is_leader:
-            self._files[METRICS].add(row)
             self._unsent.append(row)
             if now - self._sent_at >= TELL_EVERY:
                 self._tell(Stepped(_average_rows(self._unsent)))
@@ -275,13 +274,12 @@ class MetricsLog:
             mark: step after which they were computed.
             means: `model.optimizer.compute_layer_statistics` of every process, in rank order.
         """
-        if self._mesh.is_leader:
-            layers = {
-                key: [float(f"{value:.4g}") for value in found]
-                for part in means[: self._mesh.size]  # replica 0; the others hold the same
-                for key, found in part.items()
-            }
-            self._files[LAYERS].add(self._begin_row(mark) | {"layers": layers})
+        layers = {
+            key: [float(f"{value:.4g}") for value in found]
+            for part in means[: self._mesh.size]  # replica 0; the others hold the same
+            for key, found in part.items()
+        }
+        self._add(LAYERS, self._begin_row(mark) | {"layers": layers})
 
     def kernels(self, mark: Mark, parts: Sequence[Mapping[str, npt.NDArray[np.float16]]]) -> None:
         """Write a snapshot of conv1's kernels.
@@ -290,9 +288,8 @@ class MetricsLog:
             mark: step after which it was taken.
             parts: `cluster.run.kernels.copy_first_kernels` of every process, in rank order.
         """
-        if self._mesh.is_leader:
-            columns = encode_kernels(parts[: self._mesh.size])  # the other replicas hold the same
-            self._files[KERNELS].add(self._begin_row(mark) | {"columns": columns})
+        columns = encode_kernels(parts[: self._mesh.size])  # the other replicas hold the same
+        self._add(KERNELS, self._begin_row(mark) | {"columns": columns})
 
     def validation(self, mark: Mark, validate: Callable[[], dict[str, float]]) -> float:
         """Run a validation outside the time of the steps, and write its row.
@@ -302,15 +299,21 @@ class MetricsLog:
         """
         with self.paused():
             results = validate()
+        row = self._begin_row(mark) | results
+        self._add(VALIDATION, row)
         if self._mesh.is_leader:
-            row = self._begin_row(mark) | results
-            self._files[VALIDATION].add(row)
             self._tell(Validated(row))
             for text in find_shortfalls(self.milestones, self._validated, row):
                 self._tell(Warned(text))
             self._validated = row["epoch"]
             self._publish_all(mark.step, {f"validation_{key}": results[key] for key in RESULTS})
         return results["top1_error"]
+
+    def _add(self, name: str, row: Row) -> None:
+        """Write a row, in the leader; every process keeps it."""
+        self._keep(name, row)
+        if self._mesh.is_leader:
+            self._files[name].add(row)
 
     def _begin_row(self, mark: Mark) -> dict[str, Any]:
         epoch = round(float(count_epochs(self._segments, mark.position)), 4)

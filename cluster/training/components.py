@@ -112,7 +112,7 @@ def prepare_training(
             publish = [*publish, *parts.enter_context(trackers)]
         memory = memory or Memory()
         log = parts.enter_context(
-            MetricsLog(run, mesh, tell, segments, mark.step, publish, keep=memory.rows)
+            MetricsLog(run, mesh, tell, segments, mark.step, publish, keep=memory.keep_row)
         )
         log.reducing = train_step.waits
         if len(about["classes"]) == CLASSES:
@@ -120,7 +120,7 @@ def prepare_training(
         # Rows are on disk, and in the store, before a checkpoint of their step counts.
         checkpoints.before = log.sync
         if mesh.device.type == "cpu":  # a GPU computes on after a failure, with what did not come
-            memory.hold(identity.run, net, optimizer, mark)
+            memory.hold(identity.run, net, optimizer, mark, is_ended=checkpoints.is_ended)
         if mesh.is_leader and (mirror := open_mirror(run, config.store)):
             mirror.begin()
             checkpoints.alongside = mirror.push

@@ -250,11 +250,14 @@ class RateControl:
         self._rates.clear()
 
     def _find_drop(self, step: int) -> list[RateChange]:
-        """Return the division that `plateau` makes after the validation of this step, if any."""
+        """Return the division that `plateau` makes after the validation of this step, if any.
+
+        One that is known already is not made again: an end of a step may be repeated.
+        """
         config = self._settings.config
         past = [change for change in self._changes if change.after <= step]
-        made = sum(change.why == PLATEAU for change in past)
-        if config.schedule != "plateau" or made >= config.plateau_drops:
+        made = [change.after for change in past if change.why == PLATEAU]
+        if config.schedule != "plateau" or len(made) >= config.plateau_drops or step in made:
             return []
         drops = schedule.find_plateau_drops(
             self._history, config.patience, config.plateau_drops, config.plateau_threshold,
@@ -270,8 +273,7 @@ class RateControl:
         by_hand = read_applied(self._run, self._settings, self._tell)
         # A row proves that its change has happened. But a crash may have come between the two.
         self._add([*rows, *find_missing(self._settings.list_scheduled() + by_hand, rows)])
-        if not any(change.after == step and change.why == PLATEAU for change in rows):
-            self._add(self._find_drop(step))
+        self._add(self._find_drop(step))
         if change := take_rates_file(self._run, step, self._settings, self._tell):
             self._add([change])
         past = [change for change in self._changes if change.after <= step]

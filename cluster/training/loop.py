@@ -70,6 +70,8 @@ def make_steps(t: Training, is_stopping: Callable[[], bool]) -> Mark:
         the last step made; it has a checkpoint.
     """
     config, mesh, mark, total = t.config, t.mesh, t.mark, t.total
+    if not t.checkpoints.is_ended:  # its state is one from memory
+        end_step(t, mark, lambda: [False, False])
     for step in range(mark.step + 1, total + 1):
         with t.log.waiting(t.feed.waits):
             batch = next(t.feed)
@@ -86,25 +88,40 @@ def make_steps(t: Training, is_stopping: Callable[[], bool]) -> Mark:
             t.log.statistics(mark, mesh.gather(compute_layer_statistics(t.net, t.optimizer)))
         if config.statistics_every and is_snapshot_step(step, total):
             t.log.kernels(mark, mesh.gather(copy_first_kernels(t.net)))
-        error = None
-        if is_due(step, config.validate_every, total):
-            error = t.log.validation(mark, partial(validate, t, mark.position))
-        stops, busy = flags()
-        saves = stops or is_due(step, config.checkpoint_every, total)
-        if saves or error is not None:
-            t.rates.review(step, error)
-        if t.checkpoints.is_pending and not busy:
-            t.checkpoints.finish()
-        if saves:
-            with t.log.saving():
-                t.feed.flush()
-                t.checkpoints.begin(mark, t.net, t.optimizer, error)
-        t.memory.keep(mark, is_whole=mesh.is_leader or not has_rows(config, step, total))
-        if stops:
+        t.memory.keep(mark, is_ended=False)
+        if end_step(t, mark, flags):
             break
     with t.log.saving():
         t.checkpoints.finish(must=True)
     return mark
+
+
+def end_step(t: Training, mark: Mark, flags: Callable[[], Sequence[int]]) -> bool:
+    """Validate, review the rates and save after a step, where it is due.
+
+    Args:
+        t: the training, with the weights of that step.
+        mark: the step.
+        flags: returns whether to stop, and whether a checkpoint is still being written.
+
+    Returns:
+        whether to stop.
+    """
+    step, error = mark.step, None
+    if is_due(step, t.config.validate_every, t.total):
+        error = t.log.validation(mark, partial(validate, t, mark.position))
+    stops, busy = flags()
+    saves = bool(stops) or is_due(step, t.config.checkpoint_every, t.total)
+    if saves or error is not None:
+        t.rates.review(step, error)
+    if t.checkpoints.is_pending and not busy:
+        t.checkpoints.finish()
+    if saves:
+        with t.log.saving():
+            t.feed.flush()
+            t.checkpoints.begin(mark, t.net, t.optimizer, error)
+    t.memory.keep(mark, is_ended=True)
+    return bool(stops)
 
 
 def review_loss(t: Training, step: int, values: HostCopy, images: Tensor) -> None:
@@ -144,13 +161,6 @@ def validate(t: Training, position: int = 0) -> dict[str, float]:
         "samples": round(samples * mesh.replicas),
         "seconds": round(time.perf_counter() - start, 3),
     }
-
-
-def has_rows(config: Config, step: int, total: int) -> bool:
-    """Return whether a step writes more than its row of metrics."""
-    every = (config.statistics_every, config.validate_every, config.checkpoint_every)
-    is_snapshot = config.statistics_every > 0 and is_snapshot_step(step, total)
-    return is_snapshot or any(is_due(step, steps, total) for steps in every)
 
 
 def is_due(step: int, every: int, total: int) -> bool:

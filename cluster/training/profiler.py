@@ -145,7 +145,9 @@ class _Steps:
 
     def __init__(self, t: Training, segments: Segments, scratch: Path) -> None:
         self.rows: list[dict[str, Any]] = []
-        log = MetricsLog(scratch, t.mesh, lambda _: None, segments, 0, keep=self.rows)
+        log = MetricsLog(
+            scratch, t.mesh, lambda _: None, segments, 0, keep=lambda _, row: self.rows.append(row)
+        )
         log.reducing = t.log.reducing
         self._t = replace(t, log=log, checkpoints=cast(CheckpointManager, _NoCheckpoints()))
         self._mark = t.mark
@@ -168,6 +170,7 @@ class _NoCheckpoints:
     """Stands in for the checkpoints; writes none."""
 
     is_pending = is_busy = False
+    is_ended = True
 
     def begin(self, *_: object) -> None:
         pass

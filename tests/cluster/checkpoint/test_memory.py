@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from cluster.checkpoint.memory import Memory, Offer, choose_offer
+from cluster.checkpoint.writer import CheckpointManager
 from cluster.launch.rendezvous import leave_process_group
 from cluster.mesh import create_mesh
 from cluster.run.events import Event, Started, Stepped, Warned
-from cluster.run.folder import Mark
+from cluster.run.folder import LAYERS, METRICS, Mark
+from cluster.training import loop
+from cluster.training.learning_rate import RateControl
 from cluster.training.loop import train
 from pipeline.stream.ledger.proof import prove
 from tests.helpers.processes import run_ranks
 from tests.helpers.training_runs import CONFIG, Call, learned, rows, together, weights
 
-BOTH = Offer(Mark(step=7, position=56), {0: 1, 1: 2}, {"step": 7}, True)
+BOTH = Offer(Mark(step=7, position=56), {0: 1, 1: 2}, {METRICS: {"step": 7}}, is_ended=True)
 
 
 def test_the_newest_state_whose_columns_are_all_there_is_chosen():
@@ -34,13 +40,20 @@ def test_the_newest_state_whose_columns_are_all_there_is_chosen():
     assert choose_offer([None, None], (0, 1), 7, 5) == (None, "")
 
 
+def test_what_one_process_knows_of_a_step_counts_for_all():
+    early = replace(BOTH, rows={LAYERS: {"step": 7}}, is_ended=False)
+    both = {METRICS: {"step": 7}, LAYERS: {"step": 7}}
+    assert choose_offer([early, BOTH], (0, 1), 6, 5) == (replace(BOTH, rows=both), "")
+    assert choose_offer([early], (0, 1), 7, 5) == (early, "")
+    assert choose_offer([early], (0, 1), 7, 7) == (replace(early, is_ended=True), "")  # saved
+
+
 @pytest.mark.parametrize(
     ("offers", "written", "saved", "why"),
     [
         ([BOTH], 7, 8, "that of step 7 is older"),
         ([BOTH, replace(BOTH, hashes={0: 3, 1: 2})], 7, 5, "workers differ in that of step 7"),
-        ([replace(BOTH, is_whole=False)], 7, 5, "a row of step 7 may be missing"),
-        ([replace(BOTH, row=None)], 6, 5, "the row of step 7 is missing"),
+        ([replace(BOTH, rows={})], 6, 5, "the row of step 7 is missing"),
         ([BOTH], 5, 5, "the row of step 6 is missing"),
     ],
 )
@@ -70,6 +83,22 @@ def never() -> bool:
     return False
 
 
+INSIDE = {
+    "validation": (loop, "validate", 5),
+    "review of rates": (RateControl, "review", 5),
+    "checkpoint": (CheckpointManager, "begin", 1),
+}
+"""What step 5 does after its update, and the number of the call."""
+
+
+@contextmanager
+def lose_inside(owner: Any, name: str, call: int) -> Iterator[None]:
+    """Lose this process in the call of that number of a function."""
+    lose, function = lose_at(call), getattr(owner, name)
+    with mock.patch.object(owner, name, lambda *args, **more: lose() or function(*args, **more)):
+        yield
+
+
 def be_lost(
     rank: int, world: int, size: int, folder: Path, call: Call, lost: int, how: str
 ) -> None:
@@ -85,10 +114,11 @@ def be_lost(
             timeout=timedelta(seconds=30),
         )  # fmt: skip
         mesh = create_mesh(seats, torch.device("cpu"), cores=1)
-        is_lost = attempt == 0 and rank == lost
+        is_lost, is_inside = attempt == 0 and rank == lost, how in INSIDE
         try:
-            train(call.config, call.data, call.run, mesh, told.append, memory=memory,
-                  is_stopping=lose_at(6) if is_lost else never)  # fmt: skip
+            with lose_inside(*INSIDE[how]) if is_lost and is_inside else nullcontext():
+                train(call.config, call.data, call.run, mesh, told.append, memory=memory,
+                      is_stopping=never if is_inside or not is_lost else lose_at(6))  # fmt: skip
         except Lost:
             memory = Memory()
         except RuntimeError:
@@ -130,3 +160,27 @@ def test_a_lost_worker_costs_no_step_while_a_replica_lives_and_changes_no_bit(
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert prove(tiny_data, [run]).findings == ()
+
+
+@pytest.mark.parametrize("how", INSIDE)
+def test_a_leader_lost_after_an_update_costs_nothing_of_its_step(how, tiny_data, tmp_path):
+    config = replace(
+        CONFIG, checkpoint_every=5, validate_every=1, statistics_every=1,
+        schedule="plateau", patience=1, plateau_threshold=0.5,
+    )  # fmt: skip
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    together(tmp_path / "undisturbed", [Call(config, tiny_data, whole)], 2, 1)
+    run.mkdir()
+    run_ranks(be_lost, (2, 1, tmp_path, Call(config, tiny_data, run), 0, how), 2)
+    assert (tmp_path / "start").read_text() == "5"
+    for name in ("metrics.jsonl", "validation.jsonl"):
+        assert learned(run, name) == learned(whole, name)
+    for name in ("layers.jsonl", "kernels.jsonl", "rates.jsonl"):
+        assert rows(run, name) == rows(whole, name)
+    assert rows(run, "rates.jsonl")
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step-00000005", "step-00000006",
+    ]  # fmt: skip
+    for step in (5, 6):
+        ours, theirs = weights(run, step), weights(whole, step)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
