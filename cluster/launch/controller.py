@@ -371,7 +371,10 @@ class WorkerGroup:
         while not self._workers.gather():
             error = self._workers.error
             if error or time.monotonic() > deadline:
-                late = SetupError(f"workers did not start in {START_TIMEOUT:g} s")
+                late = SetupError(
+                    f"workers did not start in {START_TIMEOUT:g} s; look at what their nodes do "
+                    "(duet doctor), and give the same command again"
+                )
                 self.failure.raised = error or late
                 self._workers.end()
                 return

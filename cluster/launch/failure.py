@@ -256,4 +256,6 @@ class Failure:
         error = DuetError(text)
         if self.event is not None and (self.is_final or not self.deaths):
             error.exit_code = self.event.exit_code
+        elif isinstance(self.raised, DuetError) and not self.deaths:
+            error.exit_code = self.raised.exit_code
         return error

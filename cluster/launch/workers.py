@@ -248,6 +248,8 @@ class Workers:
         self._idle = [old for old in self._idle if (old.trainer, old.rank) != who]
         self._idle.append(new)
         for rank, seat in enumerate(self._seats):
+            if seat.worker and (seat.worker.trainer, seat.worker.rank) == who:
+                seat.worker = None  # Ray Train may also have ended it itself, to start all anew
             if (seat.trainer, seat.rank) == who:
                 if seat.location not in (None, new.location):
                     self.drop(rank)  # Ray has reserved another GPU than its worker uses

@@ -14,7 +14,7 @@ from cluster.launch.controller import build_environment
 from cluster.launch.failure import Failure, WorkerGpu, describe_failure, suggest_images
 from cluster.launch.placement import WorkerMemory, estimate_memory
 from cluster.run.events import Failed, Worker
-from pipeline.tools.errors import DataError
+from pipeline.tools.errors import DataError, SetupError
 from pipeline.tools.watchdog import Hang
 
 WORKERS = tuple(
@@ -64,6 +64,13 @@ def test_a_failure_of_ray_itself_is_one_line(tmp_path: Path):
     log = (tmp_path / "error.log").read_text()
     assert "third line" in log
     assert "said aside" in log
+
+
+def test_workers_that_do_not_start_are_a_fault_of_the_machines(tmp_path: Path):
+    failure = Failure(raised=SetupError("workers did not start in 180 s"))
+    assert failure.build_error(tmp_path).exit_code == 3
+    died = Failure(raised=SetupError("workers did not start in 180 s"), dead={1})
+    assert died.build_error(tmp_path).exit_code == 1
 
 
 TASK = (

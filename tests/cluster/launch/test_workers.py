@@ -118,6 +118,17 @@ def test_a_spare_that_has_died_is_not_taken(make):
     assert not crew._idle
 
 
+def test_a_worker_that_ray_train_replaces_before_all_have_met_holds_no_seat(make):
+    """A replacement that fails has Ray Train end all of a node, and start all of them anew."""
+    crew = make(0)
+    crew.place(place("mm"))
+    assert not crew.ready((1, 0, 10))
+    assert crew.seated() == [10, 0]
+    assert crew.ready((1, 0, 12), (1, 1, 13))
+    assert crew.seated() == [12, 13]
+    assert not crew._idle
+
+
 def test_another_size_of_a_node_ends_its_workers_and_those_of_before_are_not_taken(make):
     crew = make(0)
     crew.place(place("mm"))
