@@ -333,6 +333,8 @@ class DescribeOptions(Options):
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """Folder or address of the data set."""
+    data_version: str = ""
+    """Version of the data set: number, identity, or latest; default: the newest."""
     out: Path | None = None
     """Page to write; default: NAME-describe.html in the current folder."""
     card: bool = False
@@ -394,6 +396,8 @@ class ThroughputOptions(Options):
 
     data: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = None
     """Data set: a folder, or an address such as s3://bucket/folder."""
+    data_version: str = ""
+    """Version of the data set: number, identity, or latest; default: the newest."""
     device: Device = "cpu"
     """Device that decodes and holds the images."""
     split: str = "train"

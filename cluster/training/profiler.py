@@ -243,7 +243,8 @@ def _build_result(
                          against="PCIe, pinned blocks" if gpu else "memory, copied by 1 thread",
                          note="alone: what crosses between the columns, both ways"))  # fmt: skip
     setting = Setting.of(
-        data, config.stream, device="gpu" if mesh.device.type == "cuda" else "cpu",
+        data, config.stream, version=config.version,
+        device="gpu" if mesh.device.type == "cuda" else "cpu",
         batch_size=config.batch_size // mesh.world_size,
         threads=config.threads or mesh.cores, cores=mesh.cores,
     )  # fmt: skip

@@ -12,9 +12,11 @@ import json
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.dataset.manifest import NAME as MANIFEST
+from pipeline.dataset.versions import LATEST, parse_version
 from pipeline.describe import figures
 from pipeline.describe.card import open_folder, write_card
 from pipeline.describe.facts import (
@@ -55,8 +57,14 @@ def describe_dataset(options: DescribeOptions) -> tuple[Facts, Path, list[str]]:
         StoreError: the store does not answer.
     """
     require_range("seed", options.seed, 0, MOST_SEED)
-    size = parse_size(options.cache_size)
-    with closing(open_dataset(options.data, cache=options.cache, cache_size=size)) as dataset:
+    version = parse_version(options.data_version, "--data-version")
+    if options.card and version not in (None, LATEST):
+        raise UsageError(
+            f"--card describes the newest version, not {options.data_version}; leave one of "
+            "--card and --data-version out"
+        )
+    cached: dict[str, Any] = {"cache": options.cache, "cache_size": parse_size(options.cache_size)}
+    with closing(open_dataset(options.data, version=version, **cached)) as dataset:
         page = _choose_page(options, dataset)
         card = open_folder(options.data) if options.card else None
         with announce(f"reading {options.data}"):

@@ -23,6 +23,7 @@ from typing import Any
 import rich.console
 from rich.text import Text
 
+from pipeline.dataset.versions import parse_version
 from pipeline.options import ThroughputOptions
 from pipeline.remote.filesystem import is_remote
 from pipeline.stream.operators import require_dali
@@ -59,7 +60,8 @@ def make_setting(options: ThroughputOptions) -> Setting:
     data = options.data or ""
     try:
         return Setting(
-            data=data, split=options.split, device=options.device, window=options.window,
+            data=data, version=parse_version(options.data_version, "--data-version"),
+            split=options.split, device=options.device, window=options.window,
             shuffle=options.shuffle or ("block" if is_remote(data) else "full"),
             batch_size=options.batch_size, threads=options.threads, prefetch=options.prefetch,
             hw_decoder_load=options.hw_decoder_load, cache=options.cache,

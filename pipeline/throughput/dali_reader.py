@@ -10,7 +10,7 @@ import torch
 
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.images import ENDINGS
-from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.manifest import Manifest, find_root
 from pipeline.stream import operators as dali
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.decode import (
@@ -35,7 +35,7 @@ class DaliReader:
     """
 
     def __init__(self, data: Path, config: StreamConfig) -> None:
-        """Open the split of a local dataset.
+        """Open the split of a local dataset, or of one of its versions.
 
         Batch, device, threads, prefetch and decoder load are the config's, as in `Stream`.
 
@@ -48,7 +48,8 @@ class DaliReader:
             raise UsageError(
                 f"DALI's reader takes labels, too, and {data} has none; use the stream"
             )
-        shards = [data / s.name for s in manifest.split(config.split, data).shards]
+        root = find_root(data)
+        shards = [root / shard.name for shard in manifest.split(config.split, data).shards]
         mean = [float(value) for value in Statistics.load(data, manifest).channel_mean]
         self._config = config
         self._pipe = open_pipeline(config, seed=0)

@@ -342,7 +342,7 @@ def find_other_origin(table: Mapping[str, Any], data: str | None) -> str:
     if data is None and (is_remote(where) or not Path(where).is_dir()):
         return f"{hide_credentials(where)}, which cannot be looked at from here"
     known = table["data"].get("sha256")
-    folder = fetch_metadata(data or where)
+    folder = fetch_metadata(data or where, version=table["setting"].get("version"))
     if known is not None and known != identity(folder):
         return f"another data set than {hide_credentials(data or where)} is now"
     if known is None and data is not None and data != where:

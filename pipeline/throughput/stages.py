@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -72,12 +73,22 @@ class Setting(StreamConfig):
         Raises:
             DuetError: as `open_dataset` does.
         """
-        dataset = open_dataset(self.data, cache=self.cache, cache_size=self.cache_size)
-        with closing(dataset):
+        with closing(self.open_dataset()) as dataset:
             side = Manifest.load(dataset.folder).side
         if side is None:
             return replace(self, crop="resized")
         return replace(self, size=min(*self.image_size, side))
+
+    def open_dataset(self, cache: str | os.PathLike[str] | None = None) -> Dataset:
+        """Open the data set in the version that is measured, through another cache if one is given.
+
+        Raises:
+            DuetError: as `open_dataset` does.
+        """
+        version = self.segments[-1].version if isinstance(self.version, tuple) else self.version
+        return open_dataset(
+            self.data, version=version, cache=cache or self.cache, cache_size=self.cache_size
+        )
 
     def open_stream(self, ledger: Path | None = None) -> Stream:
         """Open the stream.
@@ -138,9 +149,7 @@ def open_parts(setting: Setting) -> Iterator[Parts]:
         DuetError: as `Stream` does.
     """
     with (
-        closing(
-            open_dataset(setting.data, cache=setting.cache, cache_size=setting.cache_size)
-        ) as dataset,
+        closing(setting.open_dataset()) as dataset,
         closing(Parts(setting, dataset)) as parts,
     ):
         yield parts

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from pipeline.batches import Stream
 from pipeline.dataset.manifest import Manifest
-from pipeline.remote.dataset import open_dataset
 from pipeline.remote.filesystem import is_remote
 from pipeline.stream.loader import EncodedBatch
 from pipeline.stream.timing import WaitTimes
@@ -144,7 +143,7 @@ def measure_fetching(setting: Setting, seconds: float) -> FetchRate | None:
     """
     with (
         tempfile.TemporaryDirectory(prefix="duet-fetch-") as cache,
-        closing(open_dataset(setting.data, cache=cache, cache_size=setting.cache_size)) as dataset,
+        closing(setting.open_dataset(cache)) as dataset,
     ):
         folder = dataset.folder
         shards = Manifest.load(folder).split(setting.split, folder).shards
@@ -237,7 +236,7 @@ def measure_rate(
         if reader == "native":
             if is_remote(setting.data):
                 raise UsageError(f"--reader native reads local folders only, not {setting.data}")
-            native = DaliReader(open_dataset(setting.data).folder, setting)
+            native = DaliReader(setting.open_dataset().folder, setting)
             source = map(next, itertools.repeat(native))
         else:
             source = stack.enter_context(setting.open_stream(ledger))

@@ -35,6 +35,7 @@ from tests.helpers.http_servers import Server
 from tests.helpers.images import CLASSES, flip_bit, rows_of
 from tests.helpers.processes import drop_progress, run_command
 from tests.helpers.resealed_data import edit_manifest
+from tests.helpers.versions import append_samples
 
 ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -225,6 +226,23 @@ def test_set_in_a_store(data: Path, here: Path, tmp_path: Path, capsys) -> None:
     page = Page((here / "x.html").read_text(encoding="utf-8"))
     (words,) = [line for line in page.text.splitlines() if "drawn at random" in line]
     assert words.split()[0] in ("28", "30")  # of three shards: of ten images each, or of eight
+
+
+def test_an_older_version_is_described(data, more_data, here: Path, capsys) -> None:
+    append_samples(data, more_data)
+
+    def describe(*words: str) -> dict:
+        assert main([str(data), "--json", *words]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    first, newest = describe("--data-version", "1"), describe("--data-version", "latest")
+    assert newest == describe()
+    samples = [one["splits"]["train"]["samples"] for one in (first, newest)]
+    assert samples[1] == samples[0] + 12
+    with pytest.raises(UsageError, match="has versions 1 to 2, not version 3"):
+        describe("--data-version", "3")
+    with pytest.raises(UsageError, match="--card describes the newest version, not 1; leave one"):
+        describe("--data-version", "1", "--card")
 
 
 def test_command_and_its_errors(data: Path, here: Path) -> None:

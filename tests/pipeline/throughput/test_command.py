@@ -9,13 +9,15 @@ from html import unescape
 
 import pytest
 
+from pipeline.dataset.manifest import identity, version_folder
 from pipeline.throughput.__main__ import main
 from pipeline.throughput.model import MEANING, UNSTEADY
 from pipeline.throughput.report import load_report, write_page
-from pipeline.throughput.stages import Setting
+from pipeline.throughput.stages import Setting, open_parts
 from pipeline.throughput.stream_rate import measure_rate
 from pipeline.tools.errors import DuetError, UsageError
 from tests.helpers.processes import call_command
+from tests.helpers.versions import append_samples
 
 COMMAND = [sys.executable, "-m", "pipeline.throughput"]
 QUICK = ("--batch-size", 8, "--seconds", 0.1)
@@ -232,6 +234,24 @@ def test_the_rate_alone_is_one_object(tiny_data, tmp_path):
     assert facts["img_s"] > 0
     assert "img/s (windows" in done.stderr
     assert list((tmp_path / "ledger").iterdir())
+
+
+def test_an_older_version_is_measured(data, more_data, tmp_path, monkeypatch, capsys):
+    append_samples(data, more_data)
+    monkeypatch.chdir(tmp_path)
+    assert main([str(data), "--data-version", "1", *map(str, QUICK), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    first = identity(data / version_folder(1))
+    assert found["data"]["sha256"] == first != identity(data)
+    assert found["data"]["pictures"] == 48
+    assert main(["--plan", "--img-s", "20000"]) == 0  # the report is of the set as it is
+    rate = [str(data), "--data-version", "1", "--rate", "--reader", "native", "--batches", "1"]
+    assert main([*rate, "--windows", "2", "--batch-size", "8", "--json"]) == 0
+    setting = Setting(data=str(data), version=first, batch_size=8)
+    with open_parts(setting) as parts:
+        assert parts.dataset.folder == data / version_folder(1)
+    with pytest.raises(UsageError, match="--data-version one is no version; give its number"):
+        main([str(data), "--data-version", "one"])
 
 
 def test_dalis_reader_reads_no_store():
