@@ -130,7 +130,10 @@ class Workers:
         return self._channel
 
     def gather(self) -> bool:
-        """Give the seats to workers that are ready; return whether each has one."""
+        """Give the seats to workers that are ready; return whether each has one.
+
+        Those of a Ray Train that has ended meanwhile are started anew.
+        """
         assert self._channel is not None
         for new in self._channel.take_workers():
             if new.trainer in self._trainers:
@@ -139,6 +142,10 @@ class Workers:
             if seat.worker is None and seat.location is not None:
                 self._fill(seat, seat.location.node)
         if not all(seat.worker for seat in self._seats):
+            # Where two workers die one after the other, Ray Train finds the second dead while it
+            # replaces the first, and ends.
+            if self.placement is not None:
+                self.place(self.placement)
             return False
         self._members = describe_members([s.location for s in self._seats if s.location])
         for member in self._members:

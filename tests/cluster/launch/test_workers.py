@@ -180,6 +180,24 @@ def test_the_workers_of_a_ray_train_that_has_ended_are_started_anew(make, monkey
     assert crew.take() == ["start m", "start n", "start n"]
 
 
+def test_a_ray_train_that_ends_while_its_workers_are_awaited_is_replaced(make, monkeypatch):
+    """The start waited three minutes for workers that nobody started."""
+    crew = make(0)
+    crew.place(place("mn"))
+    assert crew.ready((1, 0, 10), (2, 0, 20))
+    crew.drop(1)
+    ended = ["n"]
+    monkeypatch.setattr(workers, "has_ended", lambda trainer: trainer in ended)
+    crew.take()
+    assert not crew.gather()
+    assert crew.take() == ["start n"]
+    ended.clear()
+    assert not crew.gather()
+    assert crew.take() == []
+    assert crew.ready((3, 0, 30))
+    assert crew.seated() == [10, 30]
+
+
 def test_a_spare_takes_over_the_gpu_of_the_seat(make):
     crew = make(1)
     crew.place(place("mm", gpus=1))
