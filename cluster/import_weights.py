@@ -17,7 +17,9 @@ constants only, all of which go into the weights, so that the logits stay the sa
 
 Weights with other constants of the paper's stay weights that `--init` can use with any preset. What
 no weights can express are settings of the network: LRN that reaches across the border of the groups
-(`lrn_across`), its size and beta, and images of 227 pixels (`image_size`).
+(`lrn_across`), its size and beta, and images of 227 pixels (`image_size`). Beside an image of 224
+pixels conv1 reads zeros, which stand for the mean: with another mean than the data set's its last
+row and column differ a little.
 """
 
 from __future__ import annotations
@@ -258,6 +260,11 @@ def fold_constants(
             theirs = find_constants(options, layer, design)
             before, after = scale_norm(file, layer, theirs, design)
             weight, bias = weight * before, bias * before
+            if "spatial_norm" in row.then and after != 1.0:
+                raise UsageError(
+                    f"{file.path}: LRN after {layer.name} has k {theirs.k:g}, not "
+                    f"{design.lrn_k:g}, and spatial_norm behind it; leave --lrn-k out"
+                )
         if "dropout" in row.then:
             after *= 2.0
         found[row.name] = weight.astype(np.float32), bias.astype(np.float32)

@@ -213,7 +213,8 @@ class Design:
         """Refuse a value of another type than its setting's; a list of texts becomes a tuple."""
         value, kind = getattr(self, name), _design_types()[name]
         if kind == tuple[str, ...]:
-            if isinstance(value, str) or not all(isinstance(one, str) for one in value):
+            is_list = isinstance(value, list | tuple)
+            if not is_list or not all(isinstance(one, str) for one in value):
                 raise ValueError(f"{name} is {value!r}; it takes a list of texts")
             object.__setattr__(self, name, tuple(value))
         elif choices := get_args(kind):

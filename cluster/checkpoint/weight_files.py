@@ -84,11 +84,12 @@ def read_weights(path: Path) -> WeightFile:
         ".npz": _read_npz,
         ".safetensors": _read_safetensors,
     }
-    if path.suffix not in readers:
-        raise UsageError(
-            f"{path} is not {', '.join(readers)}; save the state dict of another as safetensors"
-        )
     try:
+        path.stat()
+        if path.suffix not in readers:
+            raise UsageError(
+                f"{path} is not {', '.join(readers)}; save the state dict of another as safetensors"
+            )
         found = readers[path.suffix](path)
     except OSError as error:
         refuse_forbidden(error)

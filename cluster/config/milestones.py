@@ -38,12 +38,13 @@ def parse_milestones(entries: Sequence[str]) -> tuple[Milestone, ...]:
         words = entry.split()
         with suppress(ValueError, IndexError):
             epoch, value = float(words[0]), float(words[2])
-            if len(words) == 3 and words[1] in FIELDS and 0 <= epoch < math.inf and value >= 0:
+            is_range = 0 < epoch < math.inf and 0 <= value < math.inf
+            if len(words) == 3 and words[1] in FIELDS and is_range:
                 found.append(Milestone(epoch, words[1], value))
                 continue
         raise ValueError(
             f"milestones: {entry!r} should be EPOCH NAME VALUE, such as '95 top1 42.34'; NAME is "
-            f"{', '.join(FIELDS)}"
+            f"{', '.join(FIELDS)}, EPOCH above 0"
         )
     return tuple(sorted(found, key=lambda one: one.epoch))
 

@@ -16,7 +16,7 @@ import tyro
 
 from cluster.config.milestones import parse_milestones
 from model.architecture import Design
-from model.schedule import list_color_steps, parse_changes, parse_layer_rates
+from model.schedule import list_color_steps, parse_changes, parse_layer_rates, scale_rate
 from pipeline.dataset.segments import Segments, as_segments, find_position, parse_versions
 from pipeline.stream.config import Mean, Shuffle, StreamConfig
 from pipeline.tools.errors import UsageError
@@ -100,7 +100,7 @@ class Config:
     warmup: float = 0.0
     """Epochs in which all rates rise linearly to those of the schedule; 0: no warm-up."""
     warmup_lr: float = 0.0
-    """Rate of the weights from which the warm-up begins."""
+    """Rate of the weights from which the warm-up begins; rate_scaling leaves it as it is."""
     changes: tuple[str, ...] = ()
     """Changes during the run, "EPOCH NAME VALUE" each; NAME is colour, lr.LAYER, lr_bias.LAYER or,
     for manual only, lr or lr_bias."""
@@ -286,7 +286,8 @@ class Config:
         parse_milestones(self.milestones)
         is_short = self.steps > 0 or self.warmup == 0 or self.warmup < self.epochs
         self._require("warmup", is_short, f"must be below epochs ({self.epochs:g})")
-        self._require("warmup_lr", self.warmup_lr <= self.lr, f"must be lr ({self.lr:g}) at most")
+        top = self.scaled_lr
+        self._require("warmup_lr", self.warmup_lr <= top, f"must be lr ({top:g}) at most")
         is_used = self.warmup > 0 or self.warmup_lr == 0
         self._require("warmup_lr", is_used, "goes with warmup, which is 0")
         for change in parse_changes(self.changes, layers):
@@ -345,6 +346,11 @@ class Config:
         version = parse_versions(self.data_version or None)
         assert not isinstance(version, tuple)
         return version
+
+    @property
+    def scaled_lr(self) -> float:
+        """Learning rate of the weights for this batch size: lr, by `rate_scaling`."""
+        return scale_rate(self.lr, self.batch_size, self.rate_scaling)
 
     @property
     def stream(self) -> StreamConfig:

@@ -101,7 +101,7 @@ class RateSettings:
         """Return the rates after some changes of the first step's rates."""
         factors = schedule.parse_layer_rates(self.config.layer_rates, self.layers)
         settings = [setting for change in changes for setting in change.settings.items()]
-        first = self._lr, self._lr * self.config.bias_factor
+        first = self.config.scaled_lr, self.config.scaled_lr * self.config.bias_factor
         if self.config.schedule == "dexp":
             first = self._dexp(1)
         return schedule.compute_rates(*first, settings, factors)
@@ -110,7 +110,7 @@ class RateSettings:
         """Return the factor on all rates of a step, from 1: that of warm-up and of `poly`."""
         config = self.config
         length = find_position(as_segments(self.samples), config.warmup) / config.batch_size
-        factor = schedule.compute_warmup(step, length, config.warmup_lr / config.lr)
+        factor = schedule.compute_warmup(step, length, config.warmup_lr / config.scaled_lr)
         if config.schedule == "poly":
             factor *= float((1.0 - self.find_progress(step - 1)) ** config.lr_power)
         return factor
@@ -156,15 +156,11 @@ class RateSettings:
                 found.append(RateChange(step, SCHEDULE, changed))
         return found
 
-    @property
-    def _lr(self) -> float:
-        return schedule.scale_rate(self.config.lr, self.config.batch_size, self.config.rate_scaling)
-
     def _dexp(self, step: int) -> tuple[float, float]:
         config = self.config
         return schedule.dexp(
-            self.find_progress(step), self._lr, config.bias_factor, config.lr_drop, config.lr_drops,
-            config.bias_drop, config.bias_drops,
+            self.find_progress(step), config.scaled_lr, config.bias_factor, config.lr_drop,
+            config.lr_drops, config.bias_drop, config.bias_drops,
         )  # fmt: skip
 
 

@@ -53,6 +53,7 @@ from pipeline.tools.jsonl import parse_json
 from pipeline.tools.progress import announce
 from pipeline.tools.text import HIDDEN, hide_credentials
 from pipeline.tools.units import CACHE_SIZE
+from pipeline.tools.watchdog import FileAccess
 
 THREADS = 4
 """Shards that one process prefetches at a time."""
@@ -238,7 +239,7 @@ class RemoteDataset:
                 if one.number <= self._manifest.number:
                     yield one
 
-    def load_withdrawn(self) -> Withdrawn:
+    def list_withdrawn(self) -> Withdrawn:
         """See `Dataset`."""
         if (digest := self._newest.withdrawn_sha256) is not None:
             with translate_disk_errors(self._cache.folder):
@@ -261,10 +262,9 @@ class RemoteDataset:
     def open(self, shard: Shard) -> BinaryIO:
         """See `Dataset`."""
         while True:
-            try:
-                return self.fetch_shard(shard).open("rb")
-            except FileNotFoundError:
-                continue
+            path = self.fetch_shard(shard)
+            with suppress(FileNotFoundError), FileAccess(path):  # evicted between the two
+                return path.open("rb")
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
         """See `Dataset`."""

@@ -35,7 +35,7 @@ class Dataset(Protocol):
             As `fetch_shard`; DamagedFile: a manifest is missing or damaged.
         """
 
-    def load_withdrawn(self) -> Withdrawn:
+    def list_withdrawn(self) -> Withdrawn:
         """Return all samples that are withdrawn in the newest version that there was at opening.
 
         Raises:
@@ -110,7 +110,7 @@ class LocalDataset:
         found = list_versions(read_local(self.root), str(self.root))
         return (one for one in found if one.number <= number)
 
-    def load_withdrawn(self) -> Withdrawn:
+    def list_withdrawn(self) -> Withdrawn:
         """See `Dataset`."""
         return load_withdrawn(self.root, Manifest.load(self.root))
 

@@ -128,7 +128,7 @@ class ShardReader:
         """Height and width of every image in pixels; None where they differ."""
         self._dataset = dataset
         self._index = load_index(dataset.folder, split, manifest)
-        gone = find_withdrawn(dataset.load_withdrawn(), [s.name for s in found.shards], self._index)
+        gone = find_withdrawn(dataset.list_withdrawn(), [s.name for s in found.shards], self._index)
         self._withdrawn = frozenset(gone.tolist())
         self._starts = np.cumsum([0, *(shard.samples for shard in found.shards)])
         self._tables = found.tables

@@ -277,15 +277,28 @@ def test_every_flipped_bit_of_a_caffemodel_gives_layers_or_a_line(tmp_path):
         assert str(file) in said
 
 
+def test_another_k_does_not_go_through_the_spatial_normalization(tmp_path):
+    config = Config(design=Design(width=WIDTH, spatial_norm=True))
+    arrays = {f"{name}.{end}": torch.tensor(part) for name, pair in random_layers(CLASSES).items()
+              for end, part in zip(("weight", "bias"), pair, strict=True)}  # fmt: skip
+    file, header = tmp_path / "w.safetensors", json.dumps(config.to_settings())
+    save_file(arrays, file, {"made_by": "duet", "config": header})
+    with pytest.raises(UsageError, match=r"conv2 has k 1, not 2, and spatial_norm behind it"):
+        imported(file, "--lrn-k", 1, layout="torch")
+    imported(file, "--lrn-k", 2, layout="torch")
+
+
 def test_what_cannot_be_imported_is_a_line(tiny_data, tmp_path):
     layers = random_layers(CLASSES)
     file = save(tmp_path / "w.npz", layers)
     with pytest.raises(UsageError, match=r"has 5 outputs, and data set .* 4 classes"):
         imported(save(tmp_path / "five.npz", random_layers(5)), "--data", tiny_data)
+    for name in ("none.npz", "none.pth"):
+        with pytest.raises(UsageError, match=rf"{name} cannot be read \(No such file"):
+            imported(tmp_path / name)
+    (tmp_path / "w.pth").touch()
     with pytest.raises(UsageError, match=r"is not .caffemodel, .npz, .safetensors"):
         imported(tmp_path / "w.pth")
-    with pytest.raises(UsageError, match=r"none.npz cannot be read \(No such file"):
-        imported(tmp_path / "none.npz")
     arrays = dict(np.load(file))
     np.savez(tmp_path / "scale.npz", **arrays | {"conv1.scale": np.ones(3, "f4")})
     with pytest.raises(UsageError, match=r"conv1.scale is float32"):

@@ -116,7 +116,7 @@ class _Prover:
         """Return the ids, as ledgers have them, of the samples that are withdrawn by now."""
         root = LocalDataset(self._data)
         found, offset = [np.zeros(0, np.int64)], 0
-        if withdrawn := root.load_withdrawn():
+        if withdrawn := root.list_withdrawn():
             for version in self._versions:
                 manifest = version.manifest
                 shards = [shard.name for shard in manifest.splits[self._split].shards]

@@ -89,6 +89,16 @@ def test_warm_up_rises_to_the_schedule_and_poly_falls_to_nothing(tmp_path: Path)
     assert control.at(40).weights == pytest.approx(0.01 / 1600)
 
 
+def test_a_warm_up_begins_at_its_rate_however_lr_is_scaled() -> None:
+    """As Goyal et al. have it: from the rate of the small batch to that of the large one."""
+    settings = {"rate_scaling": "linear", "batch_size": 1024, "warmup": 64.0, "warmup_lr": 0.01}
+    made = recipe(schedule="manual", **settings)  # of 80 images: 5 steps
+    assert made.compute([]).weights == pytest.approx(0.08)
+    first = made.compute([]).scale(made.compute_factor(0)).weights
+    assert first == pytest.approx(0.01)
+    assert made.compute_factor(5) == 1.0
+
+
 def test_manual_rates_are_scaled_with_the_batch_and_colour_is_not() -> None:
     made = recipe(
         schedule="manual", changes=("1 lr 0.1", "1 colour 0.1"), rate_scaling="sqrt", batch_size=512

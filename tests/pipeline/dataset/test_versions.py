@@ -115,7 +115,7 @@ def test_a_version_opens_by_its_folder_and_by_its_number(chain):
         assert (tables_folder(folder, manifest) / "train.index.npy").is_file()
         shard = manifest.splits["train"].shards[0]
         assert dataset.fetch_shard(shard) == chain / shard.name
-        assert dataset.load_withdrawn()["train-000000.tar"][0].crc == 3
+        assert dataset.list_withdrawn()["train-000000.tar"][0].crc == 3
         assert open_dataset(folder).folder == folder
     assert open_dataset(chain).folder == chain
 
@@ -128,7 +128,7 @@ def test_versions_open_from_a_store(chain, tmp_path):
             manifest = Manifest.load(one.folder)
             assert manifest.number == number
             assert (tables_folder(one.folder, manifest) / "train.index.npy").is_file()
-            assert one.load_withdrawn()["train-000000.tar"][0].crc == 3
+            assert one.list_withdrawn()["train-000000.tar"][0].crc == 3
             assert one.fetch_shard(manifest.splits["train"].shards[0]).is_file()
             one.close()
         second = open_dataset(

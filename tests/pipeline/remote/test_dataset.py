@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shutil
 import sys
+from contextlib import closing, nullcontext
 
 import pytest
 
+from pipeline.remote import dataset as remote
+from pipeline.remote import local
 from pipeline.remote.dataset import open_dataset
 from pipeline.remote.download import Store
 from pipeline.remote.filesystem import is_remote
@@ -45,6 +48,20 @@ def test_local_sets(tiny_data, tmp_path):
     shutil.copy(tiny_data / "manifest.json", bare)
     with pytest.raises(DataError, match=r"train-000000\.tar is missing"):
         open_dataset(bare).fetch_shard(shards(tiny_data)[0])
+
+
+def test_a_shard_is_opened_under_the_watchdog_wherever_it_lies(
+    tiny_data, server, tmp_path, monkeypatch
+):
+    """A cache may lie on a mount that hangs, too."""
+    watched = []
+    for module in (local, remote):
+        monkeypatch.setattr(module, "FileAccess", lambda path: nullcontext(watched.append(path)))
+    shard = shards(tiny_data)[0]
+    for data in (tiny_data, server.address):
+        with closing(open_dataset(data, cache=tmp_path)) as found:
+            found.open(shard).close()
+            assert watched[-1] == found.root / shard.name
 
 
 def test_open_dataset_uses_the_default_cache(server, tmp_path, monkeypatch):
