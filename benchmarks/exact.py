@@ -11,20 +11,18 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import rich.console
-import rich.table
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import tyro
+from harness.report import Figure, Options, Report, Table, format_range, start
+from harness.rounds import list_ratios
 
 from cluster.config import Config
 from cluster.mesh import ProcessMesh, create_mesh
@@ -33,7 +31,6 @@ from cluster.training.precision import compute_dtype, prepare_device
 from cluster.training.step import ReplicaBatch
 from model.architecture import Design
 from model.schedule import Rates
-from pipeline.tools.errors import run
 from pipeline.tools.units import cpu_count
 
 CPU = torch.device("cpu")
@@ -42,7 +39,7 @@ LAYOUTS = {"one process": ((0,),), "pair": ((0, 1),), "2 replicas": ((0,), (1,))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class Setup(Options):
     """Measure what exact mode costs."""
 
     width: float = 1.0
@@ -61,8 +58,6 @@ class Setup:
     """CPU threads of all processes of a layout."""
     rounds: int = 7
     """Number of turns of each mode."""
-    json: bool = False
-    """Print one JSON object on stdout."""
 
 
 def make_configs(setup: Setup, replicas: int) -> dict[str, Config]:
@@ -138,7 +133,7 @@ def measure(setup: Setup, layout: str) -> list[dict[str, Any]]:
     plain = found["default"]
     rows = []
     for name, seconds in found.items():
-        ratios = [theirs / mine for theirs, mine in zip(plain, seconds, strict=True)]
+        ratios = list_ratios(plain, seconds)
         rate = setup.batch_size / statistics.median(seconds)
         rows.append(
             {"layout": layout, "mode": name, "images_per_second": round(rate, 1),
@@ -148,22 +143,27 @@ def measure(setup: Setup, layout: str) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Measure, and print a table."""
-    setup = tyro.cli(Setup)
+def report(setup: Setup) -> Report:
+    """Measure all layouts."""
     rows = [row for layout in setup.layouts for row in measure(setup, layout)]
-    table = rich.table.Table("layout", "mode", "img/s", "of default", "(from to)")
-    for row in rows:
-        spread = f"{min(row['ratios']):.2f} {max(row['ratios']):.2f}"
-        table.add_row(
-            row["layout"], row["mode"], f"{row['images_per_second']:.1f}",
-            f"{row['ratio']:.2f}", spread,
-        )  # fmt: skip
-    rich.console.Console(stderr=setup.json).print(table)
-    if setup.json:
-        dtype = str(compute_dtype(setup.dtype, CPU)).removeprefix("torch.")
-        sys.stdout.write(json.dumps({"setup": asdict(setup), "dtype": dtype, "rows": rows}) + "\n")
+    cells = [
+        (
+            row["layout"], row["mode"], f"{row['images_per_second']:.1f}", f"{row['ratio']:.2f}",
+            format_range(row["ratios"], ".2f"),
+        )
+        for row in rows
+    ]  # fmt: skip
+    dtype = str(compute_dtype(setup.dtype, CPU)).removeprefix("torch.")
+    return Report(
+        tables={"exact": Table(("layout", "mode", "img/s", "of default", "rounds"), cells)},
+        figures={
+            f"{row['layout']}, {row['mode']}, of default": Figure(row["ratios"], "x")
+            for row in rows
+            if row["mode"] != "default"
+        },
+        facts={"dtype": dtype, "rows": rows},
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    start(Setup, report, __doc__)

@@ -30,11 +30,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import rich.console
-import rich.table
-import tyro
+from harness.report import Figure, Options, Report, Table, start
 
-from pipeline.tools.errors import DuetError, run
+from pipeline.tools.errors import DuetError
 from tests.helpers.images import folder_per_class, packed
 from tests.helpers.ray_cluster import Simulated
 from tests.helpers.training_processes import (
@@ -67,7 +65,7 @@ POLL = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class Setup(Options):
     """Measure what failures cost a training."""
 
     kinds: tuple[Kind, ...] = ("killed", "frozen", "spare", "no-spare", "driver", "drained")
@@ -88,8 +86,6 @@ class Setup:
     """Seconds after which a worker that does not answer counts as frozen."""
     flags: tuple[str, ...] = ()
     """Further words for `cluster.train`."""
-    json: bool = False
-    """Print one JSON object on stdout."""
 
 
 @dataclass(kw_only=True)
@@ -299,32 +295,36 @@ def prepare(setup: Setup, folder: Path) -> None:
     (folder / "config.toml").write_text("".join(lines))
 
 
-def main() -> None:
-    """Measure, and print a table."""
-    setup = tyro.cli(Setup)
+def report(setup: Setup) -> Report:
+    """Have every kind of failure happen."""
     folder = Path(tempfile.mkdtemp(prefix="duet-goodput-"))
     try:
         prepare(setup, folder)
-        rows = [measure(setup, folder, kind) for kind in setup.kinds]
+        found = [measure(setup, folder, kind) for kind in setup.kinds]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    table = rich.table.Table(
-        "failure", "s to the next step", "stages", "steps twice",
-        f"goodput, each {setup.every:g} s", "expected each 30 s, 2 min, 10 min",
-    )  # fmt: skip
-    for row in rows:
-        table.add_row(
-            KINDS[row["kind"]],
-            f"{row['seconds']:.1f}",
+    head = ("failure", "s to the next step", "stages", "steps twice",
+            f"goodput, each {setup.every:g} s", "expected each 30 s, 2 min, 10 min")  # fmt: skip
+    rows = [
+        (
+            KINDS[row["kind"]], f"{row['seconds']:.1f}",
             ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["stages"].items()),
-            str(row["twice"]),
-            f"{row['measured']:.3f}",
+            str(row["twice"]), f"{row['measured']:.3f}",
             " ".join(f"{share:.3f}" for share in row["expected"].values()),
         )
-    rich.console.Console(stderr=setup.json, width=150).print(table)
-    if setup.json:
-        sys.stdout.write(json.dumps({"setup": asdict(setup), "rows": rows}) + "\n")
+        for row in found
+    ]  # fmt: skip
+    return Report(
+        tables={"goodput": Table(head, rows)},
+        figures={
+            f"{KINDS[row['kind']]}, to the next step": Figure(
+                [loss["seconds"] for loss in row["failures"]], "s", "lower"
+            )
+            for row in found
+        },
+        facts={"rows": found},
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    start(Setup, report, __doc__)

@@ -3,44 +3,40 @@
     python benchmarks/loaders.py DATA [--raw RAWDATA] [--only ours,native,ffcv] [--device gpu]
     python benchmarks/loaders.py DATA500 --crop resized      # --size 500 --fit shorter
 
-Every loader gives shuffled batches of random 224x224 crops, half of them mirrored, as float32
-[b, 3, 224, 224] minus the channel mean, from the same stored bytes; ours adds PCA color. With
-`--crop resized` a crop is a part of random area and aspect ratio, resized (RandomResizedCrop). Each
-runs in a process of its own with all cores (settings: `benchmarks/peers/`) and waits while another
-is measured. A round is one turn of each, every second round in reverse; ratios are taken within
-rounds. Most others read a copy in their own format in a temporary folder, and some hold all
-images in memory: a set of some hundred to some ten thousand images does. Missing libraries are
-listed; `pip install -e '.[bench]'` brings most of it.
+Every loader gives shuffled batches of random 224x224 crops, half of them mirrored, as float32 [b,
+3, 224, 224] minus the channel mean, from the same stored bytes; ours adds PCA color. With `--crop
+resized` a crop is a part of random area and aspect ratio, resized (RandomResizedCrop). Each runs in
+a process of its own with all cores (settings: `benchmarks/peers/`) and waits while another is
+measured. Processor time and memory are those of all its processes: a page that several share, also
+of a mapped file, counts once. The first batch is timed from the opening, and, where a loader can
+resume, from a state in the middle of an epoch of 14 million images, made of the few by links. A
+round is one turn of each, every second round in reverse; ratios are taken within rounds. Most
+others read a copy in their own format in a temporary folder, and some hold all images in memory: a
+set of some hundred to some ten thousand images does. Missing libraries are listed; `pip install -e
+'.[bench]'` brings most of it.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import json
-import os
-import platform
 import shutil
 import statistics
-import sys
 import tempfile
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import nvidia.dali
-import rich.box
-import rich.console
-import rich.table
-import torch
 import tyro
+from harness.report import Figure, Options, Report, Table, format_figure, format_range, start
+from harness.rounds import list_ratios, order_round
 from peers import PEERS, Peer
-from peers.turns import Runner
-from peers.work import Work
+from peers.turns import Runner, Turn
+from peers.work import SHARD, Work
 
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
-from pipeline.tools.errors import UsageError, run
+from pipeline.tools.errors import DuetError, UsageError
 from pipeline.tools.progress import Progress
 from pipeline.tools.units import cpu_count
 
@@ -51,7 +47,7 @@ OURS = {"jpeg": "ours", "raw": "ours-raw"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoaderOptions:
+class LoaderOptions(Options):
     """Measure data loaders in turn."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
@@ -72,8 +68,10 @@ class LoaderOptions:
     """Images in a batch."""
     folder: Path | None = None
     """Folder for the temporary one with the others' formats."""
-    json: bool = False
-    """Print one JSON object on stdout."""
+    resumes: int = 1
+    """Times that each loader that can resumes in an epoch of `--samples`, each in a new process."""
+    samples: int = 14_000_000
+    """Images of that epoch, in whole thousands."""
 
 
 @dataclass
@@ -84,14 +82,28 @@ class LoaderRow:
     peer: Peer
     missing: str = ""
     """Reason why it was not measured."""
-    rates: list[float] = field(default_factory=list)
-    """img/s of each round."""
+    turns: list[Turn] = field(default_factory=list)
+    """What was measured in each round."""
+    first: float | None = None
+    """Seconds until the first batch."""
+    resumed: list[float] = field(default_factory=list)
+    """Seconds until the first batch after a resume."""
+    no_resume: str = ""
+    """Reason why there is none."""
 
-    def over(self, other: LoaderRow | None) -> float | None:
-        """Return the median over the rounds of our rate divided by another's."""
-        if other is None or not (self.rates and other.rates):
-            return None
-        return statistics.median(a / b for a, b in zip(self.rates, other.rates, strict=True))
+    def __post_init__(self) -> None:
+        self.no_resume = self.no_resume or self.peer.no_resume
+
+    @property
+    def rates(self) -> list[float]:
+        """img/s of each round."""
+        return [turn.img_s for turn in self.turns]
+
+    def over(self, other: LoaderRow | None) -> list[float]:
+        """Return our rate divided by another's in each round; nothing if either has none."""
+        if other is None or not (self.turns and other.turns):
+            return []
+        return list_ratios(self.rates, other.rates)
 
 
 def select_loaders(options: LoaderOptions) -> list[LoaderRow]:
@@ -160,12 +172,7 @@ def _check_room(folder: Path, size: int, peer: Peer) -> None:
 
 
 def measure(rows: list[LoaderRow], options: LoaderOptions, folder: Path) -> None:
-    """Let the loaders take turns, and fill in the rows.
-
-    Raises:
-        SetupError: a loader failed.
-        DataError: a loader delivers other batches than it should.
-    """
+    """Let the loaders take turns, and fill in the rows; one that fails has its reason there."""
     with ExitStack() as stack:
         running: list[tuple[LoaderRow, Runner]] = []
         present = [row for row in rows if not row.missing]
@@ -174,84 +181,117 @@ def measure(rows: list[LoaderRow], options: LoaderOptions, folder: Path) -> None
                 progress.note(row.peer.title)
                 runner = Runner(row.peer, make_work(row.peer, options, folder / row.name))
                 stack.enter_context(closing(runner))
-                row.missing = runner.wait() or ""
-                if not row.missing:
+                try:
+                    row.first = runner.wait()
                     running.append((row, runner))
+                except DuetError as error:
+                    row.missing = str(error)
                 progress.advance(1)
         turns = options.rounds * len(running)
         with Progress("measuring", total=turns, unit="turns") as progress:
             for number in range(options.rounds):
-                for row, runner in running[:: -1 if number % 2 else 1]:
+                for row, runner in order_round(running, number):
                     progress.note(row.peer.title)
-                    row.rates.append(runner.turn(options.seconds))
+                    try:
+                        if not row.missing:
+                            row.turns.append(runner.turn(options.seconds))
+                    except DuetError as error:
+                        row.missing, row.turns = str(error), []
                     progress.advance(1)
 
 
-def collect_facts(rows: list[LoaderRow], options: LoaderOptions) -> dict[str, Any]:
-    """Return all measurements, ready for JSON."""
+PATIENCE = 300.0
+"""Seconds for a made-up set and the first batch after a resume in it."""
+
+
+def measure_resumes(rows: list[LoaderRow], options: LoaderOptions, folder: Path) -> None:
+    """Time the first batch after a resume, and fill in the rows."""
+    able = [row for row in rows if not (row.missing or row.no_resume)]
+    with Progress("resuming", total=options.resumes * len(able), unit="loaders") as progress:
+        for number in range(options.resumes):
+            for row in order_round(able, number):
+                progress.note(row.peer.title)
+                own = folder / f"{row.name}-{number}"
+                work = make_work(row.peer, options, own)
+                with closing(Runner(row.peer, work, options.samples)) as runner:
+                    try:
+                        row.resumed.append(runner.wait(PATIENCE))
+                    except DuetError as error:
+                        row.no_resume = str(error)
+                shutil.rmtree(own)
+                progress.advance(1)
+
+
+def collect_facts(rows: list[LoaderRow]) -> dict[str, dict[str, Any]]:
+    """Return all measurements of each loader, ready for JSON."""
     found = {row.name: row for row in rows}
-    loaders = {}
+    facts = {}
     for row in rows:
         limit = found.get("limit") if row.peer.lane == "jpeg" else None
         ours = found.get(OURS[row.peer.lane])
-        share = None if limit is None else row.over(limit)
-        ratio = None if ours is None or row.name == "limit" else ours.over(row)
-        loaders[row.name] = {
+        facts[row.name] = {
             "title": row.peer.title,
             "library": row.peer.library,
             "version": _version(row.peer),
-            "img_s": round(statistics.median(row.rates), 1) if row.rates else None,
-            "rounds": [round(rate, 1) for rate in row.rates],
-            "share_of_limit": share and round(share, 3),
-            "ours_over_it": ratio and round(ratio, 3),
+            "img_s": [round(rate, 1) for rate in row.rates],
+            "share_of_limit": row.over(limit),
+            "ours_over_it": [] if ours is None or row.name == "limit" else ours.over(row),
+            "cpu_ms": [round(turn.cpu_ms, 3) for turn in row.turns],
+            "memory_mb": [round(turn.memory / 1e6) for turn in row.turns],
+            "first_batch_s": row.first,
+            "resumed_s": row.resumed,
+            "no_resume": row.no_resume,
             "missing": row.missing or None,
         }
-    return {
-        "cpu": _cpu(),
-        "cores": cpu_count(),
-        "load_at_end": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "dali": nvidia.dali.__version__,
-        "device": options.device,
-        "crop": options.crop,
-        "batch_size": options.batch_size,
-        "seconds": options.seconds,
-        "loaders": loaders,
-    }
+    return facts
 
 
-def make_table(found: dict[str, Any]) -> rich.table.Table:
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+HEAD = ("loader", "img/s", "rounds", "of the limit", "ours is", "CPU ms an image", "memory, MB",
+        "first batch, s", "resumed, s")  # fmt: skip
+
+
+def make_table(facts: dict[str, dict[str, Any]], options: LoaderOptions) -> Table:
     """Return the facts as a table."""
-    out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
-    out.add_column("loader", no_wrap=True)
-    for title in ("img/s", "rounds", "of limit", "ours is"):
-        out.add_column(title, justify="right", no_wrap=True)
-    missing = []
-    versions = {"": f"torch {found['torch']}", "native": f"DALI {found['dali']}"}
-    for name, row in found["loaders"].items():
-        if row["version"]:
-            versions[name.split("-")[0]] = f"{row['library']} {row['version']}"
+    rows, notes, reasons = [], [], []
+    for name, row in facts.items():
+        version = f" {row['version']}" if row["version"] else ""
         if row["missing"]:
-            missing.append(f"{name}: {row['missing']}")
+            reasons.append(f"{row['title']}: {row['missing']}.")
             continue
-        rates, share, ratio = row["rounds"], row["share_of_limit"], row["ours_over_it"]
-        out.add_row(
-            row["title"],
-            f"{row['img_s']:,.0f}",
-            f"{min(rates):,.0f} to {max(rates):,.0f}",
-            "" if share is None else f"{share:.2f}",
-            "" if ratio is None else f"{ratio:.2f}x",
-        )
-    out.title = (
-        f"{found['cpu']}, {found['cores']} cores, {found['device']}; {found['crop']} crops, "
-        f"batch {found['batch_size']}, "
-        f"turns of {found['seconds']:g} s\n{', '.join(versions.values())}"
+        resumed = format_figure(_median(row["resumed_s"]), ".2f")
+        if row["no_resume"] and name not in ("limit", *OURS.values()):
+            notes.append(f"{row['title']}: {row['no_resume']}")
+        rows.append((
+            f"**{row['title']}**" if name in OURS.values() else f"{row['title']}{version}",
+            f"{statistics.median(row['img_s']):,.0f}", format_range(row["img_s"]),
+            format_figure(_median(row["share_of_limit"]), ".2f", ""),
+            format_figure(_median(row["ours_over_it"]), ".2f", ""),
+            f"{statistics.median(row['cpu_ms']):.2f}", f"{max(row['memory_mb']):,.0f}",
+            format_figure(row["first_batch_s"], ".2f"), resumed,
+        ))  # fmt: skip
+    said = [f"Not resumed: {'; '.join(notes)}."] if notes and options.resumes else []
+    title = (
+        f"{options.device}; {options.crop} crops, batches of {options.batch_size}, "
+        f"{options.rounds} rounds of {options.seconds:g} s; resumed: first batch in the middle of "
+        f"an epoch of {options.samples:,}"
     )
-    out.title_justify = "left"
-    out.caption = "\n".join(missing)
-    out.caption_justify = "left"
-    return out
+    return Table(HEAD, rows, title, [*said, *reasons])
+
+
+def make_figures(facts: dict[str, dict[str, Any]]) -> dict[str, Figure]:
+    """Return what a later run is compared with."""
+    found = {}
+    for name, row in facts.items():
+        found[name] = Figure(row["img_s"])
+        found[f"ours over {name}"] = Figure(row["ours_over_it"], "x")
+        found[f"{name}, CPU"] = Figure(row["cpu_ms"], "ms", "lower")
+        found[f"{name}, memory"] = Figure(row["memory_mb"], "MB", "lower")
+        found[f"{name}, resumed"] = Figure(row["resumed_s"], "s", "lower")
+    return {name: figure for name, figure in found.items() if figure.rounds}
 
 
 def _version(peer: Peer) -> str | None:
@@ -261,27 +301,25 @@ def _version(peer: Peer) -> str | None:
         return None
 
 
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def main() -> None:
-    """Compare the loaders and print the table."""
-    options = tyro.cli(LoaderOptions, prog="python benchmarks/loaders.py", description=__doc__)
-    if min(options.rounds, options.batch_size) < 1 or options.seconds <= 0:
-        raise UsageError("--rounds, --batch-size and --seconds must be above 0")
-    if options.folder is not None and not options.folder.is_dir():
-        raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
+def report(options: LoaderOptions) -> Report:
+    """Compare the loaders."""
+    if options.samples % SHARD or options.samples < SHARD:
+        raise UsageError(f"--samples {options.samples} is no multiple of {SHARD}")
     rows = select_loaders(options)
     with tempfile.TemporaryDirectory(prefix="loaders-", dir=options.folder) as folder:
         measure(rows, options, Path(folder))
-    found = collect_facts(rows, options)
-    if options.json:
-        sys.stdout.write(json.dumps(found) + "\n")
-    rich.console.Console(stderr=options.json).print(make_table(found))
+        if options.resumes:
+            measure_resumes(rows, options, Path(folder))
+    facts = collect_facts(rows)
+    name = "loaders" if options.crop == "random" else f"loaders-{options.crop}"
+    return Report(
+        tables={name: make_table(facts, options)},
+        figures=make_figures(facts),
+        missing={row.name: row.missing for row in rows if row.missing},
+        facts={"loaders": facts},
+        exit_code=int(any(row.missing for row in rows if row.name in OURS.values())),
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    start(LoaderOptions, report, __doc__)

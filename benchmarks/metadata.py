@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
-import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +22,9 @@ from typing import Annotated
 
 import numpy as np
 import tyro
+from harness.memory import MemoryPeak, read_memory
+from harness.report import Figure, Options, Report, Table, start
+from harness.rounds import measure_seconds
 
 from pipeline.dataset.check import check_index
 from pipeline.dataset.index import INDEX_DTYPE, index_name, load_index
@@ -33,7 +33,7 @@ from pipeline.dataset.members import write_npy_header
 from pipeline.describe.facts import _count_split
 from pipeline.remote.local import LocalDataset
 from pipeline.stream.order import BlockShuffle, FullShuffle
-from pipeline.tools.errors import UsageError, run
+from pipeline.tools.errors import UsageError
 
 IMAGE = 100_000
 """Bytes of an image: 400 million of them are 40 TB."""
@@ -41,7 +41,7 @@ CLASSES = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetadataOptions:
+class MetadataOptions(Options):
     """Measure what a set of made-up images costs."""
 
     samples: float = 14e6
@@ -129,26 +129,13 @@ STEPS = (read_manifest, check_rows, describe, verify, order_full, order_block)
 
 def measure(step: Callable[[Path], None], folder: Path) -> tuple[float, int]:
     """Return seconds, and the bytes that the process had for itself at most."""
-    most, stop = [0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.02):
-            lines = Path("/proc/self/status").read_text().splitlines()
-            most[0] = max(most[0], *(int(x.split()[1]) for x in lines if x.startswith("RssAnon")))
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    start = time.perf_counter()
-    step(folder)
-    seconds = time.perf_counter() - start
-    stop.set()
-    thread.join()
-    return seconds, most[0] << 10
+    with MemoryPeak(lambda: read_memory("RssAnon")) as peak:
+        seconds = measure_seconds(lambda: step(folder))
+    return seconds, peak.bytes
 
 
-def main() -> None:
-    """Measure, and print a row for each step."""
-    options = tyro.cli(MetadataOptions, description=__doc__)
+def report(options: MetadataOptions) -> Report:
+    """Measure every step."""
     samples = int(options.samples) // options.shard * options.shard
     if samples < options.shard or options.shard < 1:
         raise UsageError(f"--samples {options.samples:g} is not one shard of {options.shard}")
@@ -157,15 +144,20 @@ def main() -> None:
         folder = Path(name)
         make_set(folder, samples, options.shard)
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        print(
-            f"{samples:,} images: " + ", ".join(f"{k} {v / 1e6:,.1f} MB" for k, v in sizes.items())
-        )
         with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
-            for step in STEPS:
-                seconds, memory = pool.submit(measure, step, folder).result()
-                print(f"{step.__name__:14}{seconds:9.2f} s {memory / 1e6:8,.0f} MB")
-                sys.stdout.flush()
+            found = {step.__name__: pool.submit(measure, step, folder).result() for step in STEPS}
+    title = f"{samples:,} images: " + ", ".join(f"{k} {v / 1e6:,.1f} MB" for k, v in sizes.items())
+    rows = [
+        (name, f"{took:.2f} s", f"{size / 1e6:,.0f} MB") for name, (took, size) in found.items()
+    ]
+    figures = {name: Figure([took], "s", "lower") for name, (took, _) in found.items()}
+    figures |= {
+        f"{name}, memory": Figure([m / 1e6], "MB", "lower") for name, (_, m) in found.items()
+    }
+    return Report(
+        tables={"metadata": Table(("step", "time", "memory"), rows, title)}, figures=figures
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    start(MetadataOptions, report, __doc__)

@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import resource
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import faiss
 import numpy as np
 import torch
-import tyro
+from harness.report import Figure, Options, Report, Table, format_range, start
+from harness.rounds import measure_seconds, take_turns
 
 from cluster.experiments.neighbors.search import HammingIndex, SearchBase, find_nearest
 from pipeline.tools.units import parse_size
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class NeighborOptions(Options):
     """Time searches."""
 
     base: int = 50_000
@@ -50,9 +51,8 @@ def draw_rows(count: int, units: int, seed: int) -> np.ndarray[Any, np.dtype[np.
     return np.concatenate(parts)
 
 
-def main() -> None:
-    """Run the benchmark."""
-    options = tyro.cli(Options)
+def report(options: NeighborOptions) -> Report:
+    """Measure all searches, and compare their answers."""
     rows, queries = (
         draw_rows(n, options.units, s) for s, n in enumerate((options.base, options.queries))
     )
@@ -72,27 +72,32 @@ def main() -> None:
         "Hamming, ours": lambda: ours.find_nearest(short, options.k)[1],
         "Hamming, faiss": lambda: theirs.search(short, options.k)[0],
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    found = {}
-    for _ in range(options.rounds):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            found[name] = way()
-            seconds[name].append(time.perf_counter() - start)
-    print(
+    found: dict[str, Any] = {}
+
+    def measure_rate(name: str) -> float:
+        return len(queries) / measure_seconds(lambda: found.update({name: ways[name]()}))
+
+    rates = take_turns({name: partial(measure_rate, name) for name in ways}, options.rounds)
+    notes = [
+        f"{kind}: {(found[f'{kind}, ours'] == found[f'{kind}, faiss']).mean():.4%} of the answers "
+        "equal."
+        for kind in ("exact", "Hamming")
+    ]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    notes.append(f"Peak memory of the process, both sides' data in it: {peak / 1e9:.2f} GB.")
+    title = (
         f"{options.queries:,} queries among {options.base:,} of {options.units} float16, k "
         f"{options.k}; {torch.get_num_threads()} threads, faiss {faiss.__version__}"
     )
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        spread = f"{len(queries) / max(times):,.0f} to {len(queries) / min(times):,.0f}"
-        print(f"{name:<16}{len(queries) / median:>10,.0f} queries/s  ({spread})")
-    for kind in ("exact", "Hamming"):
-        same = (found[f"{kind}, ours"] == found[f"{kind}, faiss"]).mean()
-        print(f"{kind}: {same:.4%} of the answers equal")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"peak memory of the process, both sides' data in it: {peak / 1e9:.2f} GB")
+    cells = [
+        (name, f"{statistics.median(rate):,.0f}", format_range(rate))
+        for name, rate in rates.items()
+    ]
+    return Report(
+        tables={"neighbors": Table(("search", "queries/s", "rounds"), cells, title, notes)},
+        figures={name: Figure(rate, "queries/s") for name, rate in rates.items()},
+    )
 
 
 if __name__ == "__main__":
-    main()
+    start(NeighborOptions, report, __doc__)

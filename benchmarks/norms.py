@@ -10,18 +10,17 @@ the ratios within rounds.
 
 from __future__ import annotations
 
-import json
+import itertools
 import statistics
-import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import rich.console
-import rich.table
 import torch
-import tyro
-from nets import duet_step
+from harness.report import Figure, Options, Report, Table, start
+from harness.rounds import median_ratio, take_turns
+from nets import Step, duet_step
 
 from cluster.training.precision import compute_dtype, keep_memory
 from model.alexnet import AlexNet
@@ -45,7 +44,7 @@ WARM_UP = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class Setup(Options):
     """Time training steps on the CPU, one normalization after the other."""
 
     width: float = 1.0
@@ -62,8 +61,6 @@ class Setup:
     """Data type of the computation, as the setting of that name in `cluster.train`."""
     cpu_time: bool = False
     """Seconds of this process on a core, not of the clock: where others run; with one thread."""
-    json: bool = False
-    """Print one JSON object on stdout, the table on stderr."""
 
 
 def measure(setup: Setup, dtype: torch.dtype) -> dict[str, list[float]]:
@@ -71,40 +68,42 @@ def measure(setup: Setup, dtype: torch.dtype) -> dict[str, list[float]]:
     images = 60 * torch.randn(setup.batch_size, 3, 224, 224)
     labels = torch.randint(0, setup.classes, (setup.batch_size,))
     now = time.process_time if setup.cpu_time else time.perf_counter
-    rates: dict[str, list[float]] = {name: [] for name in LANES}
-    steps = {}
+    ways = {}
     for name, design in LANES.items():
         width = {"width": setup.width} if design.net == "paper" else {}
         one = Design(**{**vars(design), **width})
-        steps[name] = duet_step(AlexNet(classes=setup.classes, design=one))
-    for number in range(WARM_UP + setup.rounds):
-        for name, step in steps.items():
+        step, numbers = duet_step(AlexNet(classes=setup.classes, design=one)), itertools.count()
+
+        def measure_rate(step: Step = step, numbers: Iterator[int] = numbers) -> float:
             start = now()
-            step(number, images, labels, dtype)
-            if number >= WARM_UP:
-                rates[name].append(setup.batch_size / (now() - start))
-    return rates
+            step(next(numbers), images, labels, dtype)
+            return setup.batch_size / (now() - start)
+
+        ways[name] = measure_rate
+    return take_turns(ways, setup.rounds, WARM_UP)
 
 
-def main() -> None:
-    """Measure, and print a table."""
-    setup = tyro.cli(Setup, description=__doc__)
+def report(setup: Setup) -> Report:
+    """Measure all networks."""
     keep_memory()
     torch.set_num_threads(setup.threads)
     torch.manual_seed(0)
     dtype = compute_dtype(setup.dtype, torch.device("cpu"))
     rates = measure(setup, dtype)
     title = f"width {setup.width:g}, batch {setup.batch_size}, {setup.threads} threads, {dtype}"
-    table = rich.table.Table("network", "best img/s", "median", "of lrn", title=title)
-    for name, found in rates.items():
-        share = statistics.median(a / b for a, b in zip(found, rates["lrn"], strict=True))
-        table.add_row(
-            name, f"{max(found):,.0f}", f"{statistics.median(found):,.0f}", f"{share:.2f}"
+    rows = [
+        (
+            name, f"{max(found):,.0f}", f"{statistics.median(found):,.0f}",
+            f"{median_ratio(found, rates['lrn']):.2f}",
         )
-    rich.console.Console(stderr=setup.json).print(table)
-    if setup.json:
-        sys.stdout.write(json.dumps({"setup": vars(setup), "img_s": rates}) + "\n")
+        for name, found in rates.items()
+    ]  # fmt: skip
+    return Report(
+        tables={"norms": Table(("network", "best img/s", "median", "of lrn"), rows, title)},
+        figures={name: Figure(found) for name, found in rates.items()},
+        facts={"dtype": str(dtype)},
+    )
 
 
 if __name__ == "__main__":
-    main()
+    start(Setup, report, __doc__)

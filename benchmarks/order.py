@@ -18,7 +18,6 @@ The mixing is measured on 1,281 shards of 1,000 samples, as an ideal shuffle wou
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -29,10 +28,12 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import tyro
+from harness.memory import read_memory
+from harness.report import Figure, Options, Report, Table, start
 
 from pipeline.batches import Stream
 from pipeline.dataset.index import load_index, save_index
@@ -41,7 +42,9 @@ from pipeline.dataset.shards import shard_name
 from pipeline.remote.local import LocalDataset
 from pipeline.stream.config import Shuffle
 from pipeline.stream.order import BlockShuffle, FullShuffle, Order, StoredOrder
-from pipeline.tools.errors import UsageError, run
+from pipeline.tools.errors import UsageError
+
+T = TypeVar("T")
 
 IMAGENET = 1_281
 """Thousands of training images in ILSVRC-2012, and shards of a thousand."""
@@ -53,7 +56,7 @@ EPOCH = 37
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class OrderOptions(Options):
     """Measure order, restart and mixing."""
 
     data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
@@ -64,8 +67,6 @@ class Options:
     """Processes for each number."""
     folder: Path | None = None
     """Folder for the temporary one: 24 bytes a sample, 16 at a time."""
-    json: bool = False
-    """Print one JSON object instead of the tables."""
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,6 @@ def random_position(samples: int, number: int) -> int:
     return EPOCH * samples + int(np.random.default_rng(number).integers(samples - 100 * BATCH))
 
 
-def read_memory(what: str) -> int:
-    """Return `VmRSS` (now) or `VmHWM` (the most ever) of this process in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
-
-
 def measure_order(shuffle: str, samples: int, number: int) -> Cost:
     """Make an epoch's order piece by piece as a stream does; then a few slots from the start."""
     start = time.perf_counter()
@@ -173,8 +168,8 @@ def measure_parts(data: Path, position: int) -> Parts:
     return Parts(*np.diff(times).tolist())
 
 
-def median_of(rounds: int, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return a dataclass of the medians, field by field, over fresh processes.
+def repeat(rounds: int, function: Callable[..., T], *arguments: Any) -> list[T]:
+    """Return what a function gives in fresh processes.
 
     An argument that is a function is called with the round's number.
     """
@@ -184,6 +179,11 @@ def median_of(rounds: int, function: Callable[..., Any], *arguments: Any) -> Any
         for number in range(rounds):
             given = [value(number) if callable(value) else value for value in arguments]
             found.append(pool.submit(function, *given).result())
+    return found
+
+
+def take_medians(found: list[Any]) -> Any:
+    """Return a dataclass of the medians, field by field."""
     columns = zip(*(asdict(one).values() for one in found), strict=True)
     return type(found[0])(*(statistics.median(column) for column in columns))
 
@@ -233,9 +233,9 @@ def measure_mixing(order: Order) -> Mixing:
     return Mixing(float(displacement), float(again / ((BATCH - 1) / (n - 1))), float(spread))
 
 
-def measure_openings(options: Options, folder: Path) -> dict[str, dict[str, Any]]:
+def measure_openings(options: OrderOptions, folder: Path) -> dict[str, dict[str, list[Any]]]:
     """Measure restarts in sets of a thousand, of ImageNet's size, and of the large one's."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, list[Any]]] = {}
     for samples in (20 * SHARD, IMAGENET * SHARD, options.samples):
         data = make_dataset(options.data, folder / str(samples), samples)
 
@@ -243,50 +243,55 @@ def measure_openings(options: Options, folder: Path) -> dict[str, dict[str, Any]
             return random_position(samples, number)
 
         found[f"{samples:,}"] = {
-            "full": median_of(options.rounds, measure_opening, data, middle, "full"),
-            "full, at 0": median_of(options.rounds, measure_opening, data, 0, "full"),
-            "full, border": median_of(
+            "full": repeat(options.rounds, measure_opening, data, middle, "full"),
+            "full, at 0": repeat(options.rounds, measure_opening, data, 0, "full"),
+            "full, border": repeat(
                 options.rounds, measure_opening, data, samples - BATCH // 2, "full"
             ),
-            "block 16": median_of(options.rounds, measure_opening, data, middle, "block"),
-            "parts": median_of(options.rounds, measure_parts, data, middle),
+            "block 16": repeat(options.rounds, measure_opening, data, middle, "block"),
+            "parts": repeat(options.rounds, measure_parts, data, middle),
         }
         shutil.rmtree(data)
     return found
 
 
-def print_tables(
-    orders: dict[str, Cost], found: dict[str, dict[str, Any]], mixed: dict[str, Mixing]
-) -> None:
-    """Print the tables."""
-    print(f"{'order':12}{'epoch s':>10}{'MB':>8}{'slots s':>10}")
-    for name, one in orders.items():
-        print(f"{name:12}{one.epoch:10.2f}{one.memory / 1e6:8.0f}{one.slots:10.4f}")
-    print(f"\n{'samples':>12}  {'first batch':14}{'opened s':>10}{'batch s':>10}{'MB':>8}")
+def make_tables(
+    orders: dict[str, Cost], found: dict[str, dict[str, list[Any]]], mixed: dict[str, Mixing]
+) -> dict[str, Table]:
+    """Return the tables."""
+    costs = [
+        (name, f"{one.epoch:.2f}", f"{one.memory / 1e6:.0f}", f"{one.slots:.4f}")
+        for name, one in orders.items()
+    ]
+    openings, notes = [], []
     for samples, rows in found.items():
-        for name, one in rows.items():
+        for name, one in zip(rows, map(take_medians, rows.values()), strict=True):
             if isinstance(one, Opening):
-                line = f"{one.opened:10.2f}{one.batch:10.2f}{one.memory / 1e6:8.0f}"
-                print(f"{samples:>12}  {name:14}{line}")
+                cells = f"{one.opened:.2f}", f"{one.batch:.2f}", f"{one.memory / 1e6:.0f}"
+                openings.append((samples, name, *cells))
             else:
-                each = ", ".join(f"{part} {took:.2f}" for part, took in asdict(one).items())
-                print(f"{'':14}alone, full: {each}")
-    print(f"\n{'mixing':12}{'displacement':>14}{'company':>10}{'spread':>9}")
-    for name, row in mixed.items():
-        print(f"{name:12}{row.displacement:14.3f}{row.company:10.2f}{row.spread:9.3f}")
+                each = ", ".join(f"{part} {took:.2f} s" for part, took in asdict(one).items())
+                notes.append(f"{samples}, full shuffle, each part alone: {each}.")
+    mixing = [
+        (name, f"{row.displacement:.3f}", f"{row.company:.2f}", f"{row.spread:.3f}")
+        for name, row in mixed.items()
+    ]
+    head = ("samples", "first batch", "opened, s", "first batch, s", "MB")
+    return {
+        "order": Table(("order", "an epoch, s", "MB", "slots of a batch, s"), costs),
+        "order-openings": Table(head, openings, notes=notes),
+        "order-mixing": Table(("shuffle", "displacement", "company", "spread"), mixing),
+    }
 
 
-def main() -> None:
-    """Measure, and print the tables."""
-    options = tyro.cli(Options, description=__doc__)
-    if options.rounds < 1 or options.samples < 20 * SHARD:
-        raise UsageError(f"--rounds must be at least 1, and --samples at least {20 * SHARD}")
-    if options.folder is not None and not options.folder.is_dir():
-        raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
+def report(options: OrderOptions) -> Report:
+    """Measure orders, openings and mixing."""
+    if options.samples < 20 * SHARD:
+        raise UsageError(f"--samples must be at least {20 * SHARD}")
     Manifest.load(options.data)
     orders = {
-        shuffle: median_of(
-            options.rounds, measure_order, shuffle, options.samples, lambda number: number
+        shuffle: take_medians(
+            repeat(options.rounds, measure_order, shuffle, options.samples, lambda number: number)
         )
         for shuffle in ("full", "block 16")
     }
@@ -294,12 +299,16 @@ def main() -> None:
         found = measure_openings(options, Path(folder))
     shuffles = ("stored", "block 4", "block 16", "block 64", "full")
     mixed = {shuffle: measure_mixing(make_order(shuffle, IMAGENET * SHARD)) for shuffle in shuffles}
-    if options.json:
-        tables = {"order": orders, "openings": found, "mixing": mixed}
-        print(json.dumps(tables, default=asdict))
-    else:
-        print_tables(orders, found, mixed)
+    return Report(
+        tables=make_tables(orders, found, mixed),
+        figures={
+            f"{samples}, {name}, first batch": Figure([one.batch for one in rounds], "s", "lower")
+            for samples, rows in found.items()
+            for name, rounds in rows.items()
+            if isinstance(rounds[0], Opening)
+        },
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    start(OrderOptions, report, __doc__)

@@ -10,30 +10,27 @@ while another form has its turn; a round is one turn of each, and ratios are tak
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any, Literal
 
-import rich.console
-import rich.table
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-import tyro
+from harness.report import Figure, Options, Report, Table, format_range, start
+from harness.rounds import list_ratios, take_turns
 
 from cluster.training.precision import autocast, keep_memory
 from model.alexnet import AlexNet
 from model.exchange import Exchange
 from model.timing import Stopwatch, sum_seconds
-from pipeline.tools.errors import run
 from pipeline.tools.units import cpu_count
 
 CPU = torch.device("cpu")
@@ -42,7 +39,7 @@ FORMS = {"one process": ((0, 1),), "pair": ((0,), (1,)), "pair, bfloat16 wire": 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class Setup(Options):
     """Measure a pair of processes against one with both columns."""
 
     widths: tuple[float, ...] = (1.0, 0.25)
@@ -59,8 +56,6 @@ class Setup:
     """Number of turns of each form."""
     steps: int = 3
     """Steps in a turn; the median counts."""
-    json: bool = False
-    """Print one JSON object on stdout."""
 
 
 @dataclass(frozen=True)
@@ -154,14 +149,12 @@ def take_turn(lines: list[Connection], steps: int) -> Step:
 def measure(setup: Setup, case: tuple[float, str]) -> list[dict[str, Any]]:
     """Measure all forms in turn; return a row for each."""
     forms = [form for form in FORMS if case[1] == "float32" or "wire" not in form]
-    taken: dict[str, list[Step]] = {form: [] for form in forms}
     with ExitStack() as stack:
         lines = {form: stack.enter_context(start_processes(setup, form, case)) for form in forms}
         for form in forms:
             take_turn(lines[form], 1)
-        for _ in range(setup.rounds):
-            for form in forms:
-                taken[form].append(take_turn(lines[form], setup.steps))
+        ways = {form: partial(take_turn, lines[form], setup.steps) for form in forms}
+        taken = take_turns(ways, setup.rounds)
     return [
         make_row(setup, case, form, steps, taken["one process"]) for form, steps in taken.items()
     ]
@@ -171,7 +164,7 @@ def make_row(
     setup: Setup, case: tuple[float, str], form: str, steps: list[Step], one: list[Step]
 ) -> dict[str, Any]:
     """Return the medians over the rounds."""
-    ratios = [a.whole / b.whole for a, b in zip(one, steps, strict=True)]
+    ratios = list_ratios([step.whole for step in one], [step.whole for step in steps])
     medians = {
         key: statistics.median(asdict(step)[key] for step in steps) for key in asdict(steps[0])
     }
@@ -186,29 +179,35 @@ def make_row(
     }
 
 
-def make_table(rows: list[dict[str, Any]]) -> rich.table.Table:
-    """Return the rows as a table."""
-    heads = ("width", "dtype", "form", "img/s", "ratio", "(from to)", "step ms", "forward")
-    out = rich.table.Table(*heads, "backward", "update", "waited", "sent MB")
-    for found in rows:
-        low, high = min(found["ratios"]), max(found["ratios"])
-        parts = [found[key] * 1e3 for key in ("whole", "forward", "backward", "update", "waited")]
-        out.add_row(
-            f"{found['width']:g}", found["dtype"], found["form"],
-            f"{found['images_per_second']:.1f}", f"{found['ratio']:.2f}", f"{low:.2f} {high:.2f}",
-            *(f"{part:.1f}" for part in parts), f"{found['sent'] / 1e6:.1f}",
-        )  # fmt: skip
-    return out
+def make_cells(found: dict[str, Any]) -> list[str]:
+    """Return a row of the table."""
+    parts = [found[key] * 1e3 for key in ("whole", "forward", "backward", "update", "waited")]
+    return [
+        f"{found['width']:g}", found["dtype"], found["form"], f"{found['images_per_second']:.1f}",
+        f"{found['ratio']:.2f}", format_range(found["ratios"], ".2f"),
+        *(f"{part:.1f}" for part in parts), f"{found['sent'] / 1e6:.1f}",
+    ]  # fmt: skip
 
 
-def main() -> None:
-    """Measure, and print a table."""
-    setup = tyro.cli(Setup)
+HEAD = ("width", "dtype", "form", "img/s", "of one process", "rounds", "step ms", "forward",
+        "backward", "update", "waited", "sent MB")  # fmt: skip
+
+
+def report(setup: Setup) -> Report:
+    """Measure all widths and types."""
     rows = [row for w in setup.widths for d in setup.dtypes for row in measure(setup, (w, d))]
-    rich.console.Console(stderr=setup.json, width=130).print(make_table(rows))
-    if setup.json:
-        sys.stdout.write(json.dumps({"setup": asdict(setup), "rows": rows}) + "\n")
+    return Report(
+        tables={"pair": Table(HEAD, [make_cells(row) for row in rows])},
+        figures={
+            f"{row['form']} of one process, width {row['width']:g}, {row['dtype']}": Figure(
+                row["ratios"], "x"
+            )
+            for row in rows
+            if row["form"] != "one process"
+        },
+        facts={"rows": rows},
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    start(Setup, report, __doc__)

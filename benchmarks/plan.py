@@ -1,4 +1,4 @@
-"""Time and memory of planning a set of millions: `python benchmarks/plan.py [N]`.
+"""Time and memory of planning a set of millions: `python benchmarks/plan.py [--images N]`.
 
 The listing of N images (14 million unless told otherwise) in N / 1000 folders is written by
 `ListingWriter` as a scan would; all after that is what `pipeline.build_shards` does before it opens
@@ -7,11 +7,14 @@ the first image. Reading real folders comes on top: about a second for a million
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from harness.memory import read_memory
+from harness.report import Figure, Options, Report, Table, start
 
 from pipeline.options import BuildConfig
 from pipeline.packing import plan
@@ -21,19 +24,22 @@ FOLDER = 1000
 """Images in a folder."""
 
 
-def most_memory() -> float:
-    """Return the most memory this process has had, in MB (what is mapped from files included)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM"))
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions(Options):
+    """Plan a made-up set."""
+
+    images: float = 14e6
+    """Number of images."""
 
 
-def main() -> None:
-    """Plan, and print seconds and memory of each step."""
-    images = int(float(sys.argv[1])) if len(sys.argv) > 1 else 14_000_000
+def report(options: PlanOptions) -> Report:
+    """Plan, with seconds and memory (what is mapped from files included) after each step."""
+    images = int(options.images)
     begun = time.perf_counter()
+    rows: list[tuple[str, float, int]] = []
 
-    def print_step(what: str) -> None:
-        print(f"{what:22}{time.perf_counter() - begun:6.1f} s {most_memory():8,.0f} MB")
+    def note(what: str) -> None:
+        rows.append((what, time.perf_counter() - begun, read_memory("VmHWM")))
 
     def write_listing(source: str, scratch: Path, **_: Any) -> Listing:
         writer = ListingWriter(scratch, source)
@@ -41,15 +47,21 @@ def main() -> None:
             name = f"n{folder // 14:08d}"
             container = writer.container("folder", f"{source}/{name}/{folder}")
             writer.add(container, name, [f"{name}_{place}.JPEG" for place in range(FOLDER)])
-        print_step(f"{images:,} listed")
+        note(f"{images:,} listed")
         return writer.finish()
 
     plan.scan = write_listing
     with tempfile.TemporaryDirectory() as scratch:
-        options = BuildConfig(out="/nowhere/out", train="/nowhere/pictures", holdout=0.01)
-        made = plan.make_plan(options, Path(scratch))
-        print_step(f"{sum(1 for _ in made.parts()):,} chunks planned")
+        config = BuildConfig(out="/nowhere/out", train="/nowhere/pictures", holdout=0.01)
+        made = plan.make_plan(config, Path(scratch))
+        note(f"{sum(1 for _ in made.parts()):,} chunks planned")
+    cells = [(what, f"{seconds:.1f}", f"{memory / 1e6:,.0f}") for what, seconds, memory in rows]
+    return Report(
+        tables={"plan": Table(("step", "seconds until then", "most memory, MB"), cells)},
+        figures={"planning": Figure([rows[-1][1]], "s", "lower"),
+                 "memory": Figure([rows[-1][2] / 1e6], "MB", "lower")},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    start(PlanOptions, report, __doc__)

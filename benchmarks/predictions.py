@@ -15,7 +15,6 @@ Gains are compared: rates before and after are measured in turn.
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
+from harness.report import Figure, Options, Report, Table, start
 
 from pipeline.throughput import stages, stream_rate
 from pipeline.throughput.model import Costs, predict_rate, sweep_threads
@@ -42,7 +42,7 @@ TURNS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class PredictionOptions(Options):
     """Measure the gains that the profiler predicts."""
 
     data: Annotated[str, tyro.conf.Positional]
@@ -53,8 +53,6 @@ class Options:
     """Seconds before the server answers."""
     bandwidth: float = 20e6
     """Bytes a second of all its connections together."""
-    json: bool = False
-    """Print one JSON object on stdout."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ def start_slow_server(folder: Path, latency: float, bandwidth: float) -> Iterato
         server.server_close()
 
 
-def store(setting: Setting, options: Options) -> Outcome:
+def store(setting: Setting, options: PredictionOptions) -> Outcome:
     """Compare the first epoch, from a store, with epochs from the cache."""
     with (
         start_slow_server(Path(setting.data), options.latency, options.bandwidth) as server,
@@ -233,25 +231,23 @@ def take_samples(stream: Any, size: int, samples: int) -> int:
     return taken
 
 
-def main() -> None:
-    """Run all three."""
-    options = tyro.cli(Options, description=__doc__)
+def report(options: PredictionOptions) -> Report:
+    """Predict and measure all three changes."""
     setting = Setting(data=options.data)
-    outcomes = []
-    for work in (
-        lambda: threads(setting, options.seconds),
-        lambda: raw(setting, options.seconds),
-        lambda: store(setting, options),
-    ):
-        outcomes.append(one := work())
-        sys.stderr.write(
-            f"{one.name}: predicted {one.predicted:.2f}x, measured {one.measured:.2f}x, "
-            f"{one.off:+.0%}\n"
-        )
-    if options.json:
-        rows = [dataclasses.asdict(one) | {"off": one.off} for one in outcomes]
-        sys.stdout.write(json.dumps({"predictions": rows}) + "\n")
+    outcomes = [
+        threads(setting, options.seconds), raw(setting, options.seconds), store(setting, options)
+    ]  # fmt: skip
+    rows = [
+        (one.name, f"{one.predicted:.2f}x", f"{one.measured:.2f}x", f"{one.off:+.0%}")
+        for one in outcomes
+    ]
+    return Report(
+        tables={"predictions": Table(("change", "predicted", "measured", "off"), rows)},
+        figures={f"{one.name}, predicted over measured": Figure([one.off + 1], "x")
+                 for one in outcomes},
+        facts={"predictions": [dataclasses.asdict(one) | {"off": one.off} for one in outcomes]},
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
-    main()
+    start(PredictionOptions, report, __doc__)

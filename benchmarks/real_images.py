@@ -25,7 +25,6 @@ it should. The level of the errors says little: the photographs may be training 
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -36,12 +35,13 @@ from typing import Annotated
 import numpy as np
 import torch
 import tyro
+from harness.report import Options, Report, Table, start
 from PIL import Image
 from torch import Tensor
 
 from pipeline.batches import Stream
 from pipeline.build_shards import main as build_shards
-from pipeline.tools.errors import SetupError, UsageError, run
+from pipeline.tools.errors import SetupError, UsageError
 from pipeline.tools.progress import Progress
 
 CLASSES = 1000
@@ -62,13 +62,11 @@ Network = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PhotographOptions:
+class PhotographOptions(Options):
     """Compare photographs through packing and stream with the same through Pillow."""
 
     images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
     """Folder of folders by synset."""
-    json: bool = False
-    """Print one JSON object instead of the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,30 +234,25 @@ def judge(scores: dict[str, Score]) -> list[str]:
     return found
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the check; 1 if something is not as it must be.
-
-    Raises:
-        DuetError: a package or an image is missing.
-    """
-    options = tyro.cli(PhotographOptions, args=argv)
+def report(options: PhotographOptions) -> Report:
+    """Run the check; its exit code is 1 if something is not as it must be."""
     net, synsets = load_network()
     files = list_files(options.images, synsets)
     with tempfile.TemporaryDirectory(prefix="duet-real-") as folder:
         scores = measure(net, files, pack(files, synsets, Path(folder)))
     wrong = judge(scores)
-    if options.json:
-        print(
-            json.dumps({name: asdict(score) for name, score in scores.items()} | {"wrong": wrong})
-        )
-    else:
-        print(f"{'':<18}{'images':>7}{'top-1':>8}{'top-5':>8}{'as Pillow':>11}")
-        for name, score in scores.items():
-            errors = f"{score.top1_error:>8.1%}{score.top5_error:>8.1%}{score.agreement:>11.1%}"
-            print(f"{name:<18}{score.images:>7}{errors}")
-        print("\n".join(wrong) or "all as it must be")
-    return 1 if wrong else 0
+    rows = [
+        (name, str(one.images), f"{one.top1_error:.1%}", f"{one.top5_error:.1%}",
+         f"{one.agreement:.1%}")
+        for name, one in scores.items()
+    ]  # fmt: skip
+    head = ("", "images", "top-1 error", "top-5 error", "first answer as with Pillow")
+    return Report(
+        tables={"real-images": Table(head, rows, notes=wrong or ["All as it must be."])},
+        facts={"scores": {name: asdict(one) for name, one in scores.items()}, "wrong": wrong},
+        exit_code=1 if wrong else 0,
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    start(PhotographOptions, report, __doc__)

@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import rich.console
-import rich.table
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-import tyro
+from harness.report import Figure, Options, Report, Table, format_range, start
+from harness.rounds import list_ratios
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,14 +32,13 @@ from cluster.mesh import ProcessMesh
 from cluster.training.gradients import GradientAverage
 from cluster.training.precision import autocast, keep_memory
 from model.alexnet import AlexNet
-from pipeline.tools.errors import run
 from pipeline.tools.units import cpu_count
 
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class Setup(Options):
     """Measure ways to average gradients."""
 
     width: float = 1.0
@@ -54,8 +51,6 @@ class Setup:
     """CPU threads of both."""
     rounds: int = 7
     """Number of turns of each way."""
-    json: bool = False
-    """Print one JSON object on stdout."""
 
 
 @dataclass(frozen=True)
@@ -153,27 +148,31 @@ def seconds_of_step(
     return time.perf_counter() - start
 
 
-def main() -> None:
-    """Measure, and print a table."""
-    setup = tyro.cli(Setup)
+def report(setup: Setup) -> Report:
+    """Measure all ways."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, (setup, folder), nprocs=2)
         with open(f"{folder}/found", encoding="utf-8") as file:
             found: dict[str, list[float]] = json.load(file)
-    bare = found["not averaged"]
-    table = rich.table.Table("gradients", "step ms", "img/s", "of not averaged", "(from to)")
+    ratios = {way: list_ratios(seconds, found["not averaged"]) for way, seconds in found.items()}
     rows = []
-    for name, seconds in found.items():
+    for way, seconds in found.items():
         median = statistics.median(seconds)
-        ratios = [mine / theirs for theirs, mine in zip(seconds, bare, strict=True)]
-        rate, ratio = setup.batch_size / median, statistics.median(ratios)
-        spread = f"{min(ratios):.2f} {max(ratios):.2f}"
-        table.add_row(name, f"{median * 1e3:.1f}", f"{rate:.1f}", f"{ratio:.2f}", spread)
-        rows.append({"form": name, "seconds": seconds, "images_per_second": rate, "ratio": ratio})
-    rich.console.Console(stderr=setup.json).print(table)
-    if setup.json:
-        sys.stdout.write(json.dumps({"setup": asdict(setup), "rows": rows}) + "\n")
+        rows.append((
+            way, f"{median * 1e3:.1f}", f"{setup.batch_size / median:.1f}",
+            f"{statistics.median(ratios[way]):.2f}", format_range(ratios[way], ".2f"),
+        ))  # fmt: skip
+    head = ("gradients", "step ms", "img/s", "of not averaged", "rounds")
+    return Report(
+        tables={"replicas": Table(head, rows)},
+        figures={
+            f"{way}, of not averaged": Figure(found, "x", "lower")
+            for way, found in ratios.items()
+            if way != "not averaged"
+        },
+        facts={"seconds": found},
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    start(Setup, report, __doc__)

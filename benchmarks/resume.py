@@ -1,7 +1,6 @@
 """The resume torture table: loaders are cut, killed and resumed, and one judge counts what broke.
 
-    python benchmarks/resume.py [--only duet,grain] [--cases middle,twice] [--json FILE]
-    python benchmarks/resume.py --read FILE --markdown docs/results.md
+    python benchmarks/resume.py [--only duet,grain] [--cases middle,twice] [--json]
 
 Every loader reads the same 203 small images in its own format, shuffled, with a random crop and
 flip as its users write it, and saves its state as its own page says (`benchmarks/torture/`). A
@@ -15,48 +14,30 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import rich.box
-import rich.console
-import rich.table
-import torch
-import tyro
+from harness.report import Options, Report, Table, start
 from torture import PEERS
 from torture.cases import CASES
 
-from pipeline.tools.errors import UsageError, run
-from pipeline.tools.files import atomic_write
+from pipeline.tools.errors import UsageError
 from pipeline.tools.progress import Progress
-from pipeline.tools.units import cpu_count, cpu_name
-
-BEGIN, END = "<!-- resume table: begin -->", "<!-- resume table: end -->"
-"""Lines of a page between which `--markdown` writes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResumeOptions:
+class ResumeOptions(Options):
     """Cut, kill and resume data loaders."""
 
     only: str = ""
     """Names of loaders with commas between; the default is all."""
     cases: str = ""
     """Names of cases with commas between; the default is all."""
-    json: Path | None = None
-    """File for the results. If it exists and `--only` is given, its other rows stay."""
-    read: Path | None = None
-    """File of results to show instead of running anything."""
-    markdown: Path | None = None
-    """Page to write the table into, between its two lines of comment."""
     folder: Path | None = None
     """Folder for the temporary one with images and notes."""
     keep: bool = False
@@ -117,22 +98,12 @@ def collect(options: ResumeOptions, folder: Path) -> dict[str, Any]:
     """Run all, and return the results, ready for JSON."""
     names = choose(options.only, PEERS, "--only")
     cases = choose(options.cases, CASES, "--cases")
-    began, rows = time.monotonic(), {}
+    rows = {}
     with Progress("resuming", total=len(names) * len(cases), unit="cases") as progress:
         for name in names:
             progress.note(PEERS[name].title)
             rows[name] = run_peer(name, folder / name, cases, progress)
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "cpu": cpu_name(),
-        "cores": cpu_count(),
-        "load_at_end": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "seconds": round(time.monotonic() - began),
-        "cases": {case: CASES[case].title for case in cases},
-        "loaders": rows,
-    }
+    return {"cases": {case: CASES[case].title for case in cases}, "loaders": rows}
 
 
 def word(case: str, found: dict[str, Any], steady: bool) -> str:
@@ -184,93 +155,32 @@ def make_rows(found: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def make_markdown(found: dict[str, Any]) -> str:
-    """Return the table and its notes, as Markdown."""
+NOTE = "¹ An epoch without batches comes first: a trainer that counts its loops must expect it."
+
+
+def make_tables(found: dict[str, Any]) -> dict[str, Table]:
+    """Return the table of the cases, and that of the ways of saving state."""
     head, *rows = make_rows(found)
-    lines = [
-        f"{found['date']}, Python {found['python']}, torch {found['torch']}.",
-        "",
-        f"| {' | '.join(head)} |",
-        "|---" * len(head) + "|",
-        *(f"| {' | '.join(row)} |" for row in rows),
-        "",
-        "¹ An epoch without batches comes first: a trainer that counts its loops must expect it.",
-        "",
-        "| loader | state by | uncut: missing, repeated | remark |",
-        "|---|---|---|---|",
-    ]
+    ways = []
     for row in found["loaders"].values():
         covers = row.get("covers")
         counts = "" if covers is None else f"{covers['missing']}, {covers['repeated']}"
-        remark = row.get("missing") or row["note"]
-        lines.append(f"| {row['title']} | {row['page']} | {counts} | {remark} |")
-    return "\n".join(lines)
+        ways.append([row["title"], row["page"], counts, row.get("missing") or row["note"]])
+    title = ["loader", "state by", "uncut: missing, repeated", "remark"]
+    return {"resume": Table(head, rows, notes=[NOTE]), "resume-states": Table(title, ways)}
 
 
-def write_page(page: Path, text: str) -> None:
-    """Put the table into a page.
-
-    Raises:
-        UsageError: the page has no place for it.
-    """
-    old = page.read_text(encoding="utf-8") if page.is_file() else ""
-    if BEGIN not in old or END not in old:
-        raise UsageError(f"--markdown {page} lacks the lines {BEGIN} and {END}; add them")
-    before, after = old.split(BEGIN)[0], old.split(END)[1]
-    _write(page, f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
-def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Return new results with the rows of others from old ones, in the order of the table."""
-    rows = old["loaders"] | new["loaders"]
-    ordered = {name: rows[name] for name in PEERS if name in rows}
-    seconds = old["seconds"] + new["seconds"]
-    return new | {"loaders": ordered, "seconds": seconds, "cases": old["cases"] | new["cases"]}
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_write(path) as file:
-        file.write(text.encode())
-
-
-def show(found: dict[str, Any]) -> None:
-    """Print the table, and below it why a loader has no column."""
-    head, *rows = make_rows(found)
-    out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
-    for title in head:
-        out.add_column(title)
-    for row in rows:
-        out.add_row(*(cell.replace("*", "") for cell in row))
-    reasons = [row for row in found["loaders"].values() if row.get("missing")]
-    out.caption = "\n".join(f"{row['title']}: {row['missing']}" for row in reasons)
-    out.caption_justify = "left"
-    rich.console.Console(width=220).print(out)
-
-
-def main() -> None:
-    """Run the cases and write the table."""
-    options = tyro.cli(ResumeOptions, prog="python benchmarks/resume.py", description=__doc__)
-    if options.folder is not None and not options.folder.is_dir():
-        raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
-    if options.read is not None:
-        if not options.read.is_file():
-            raise UsageError(f"--read {options.read} is no file")
-        found = json.loads(options.read.read_text(encoding="utf-8"))
-    else:
-        folder = Path(tempfile.mkdtemp(prefix="resume-", dir=options.folder))
-        try:
-            found = collect(options, folder)
-        finally:
-            if not options.keep:
-                shutil.rmtree(folder, ignore_errors=True)
-    if options.json is not None:
-        if options.only and options.json.is_file() and options.read is None:
-            found = _merge(json.loads(options.json.read_text(encoding="utf-8")), found)
-        _write(options.json, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    if options.markdown is not None:
-        write_page(options.markdown, make_markdown(found))
-    show(found)
+def report(options: ResumeOptions) -> Report:
+    """Run the cases."""
+    folder = Path(tempfile.mkdtemp(prefix="resume-", dir=options.folder))
+    try:
+        found = collect(options, folder)
+    finally:
+        if not options.keep:
+            shutil.rmtree(folder, ignore_errors=True)
+    missing = {name: row["missing"] for name, row in found["loaders"].items() if row.get("missing")}
+    return Report(tables=make_tables(found), missing=missing, facts=found)
 
 
 if __name__ == "__main__":
-    run(main)
+    start(ResumeOptions, report, __doc__)

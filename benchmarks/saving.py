@@ -19,19 +19,18 @@ fit between two checkpoints.
 
 from __future__ import annotations
 
-import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
+from harness.report import Figure, Options, Report, Table, start
+from harness.rounds import measure_seconds
 
 from cluster.checkpoint.format import collect_state
 from cluster.checkpoint.storage import open_storage
@@ -44,7 +43,7 @@ from cluster.training.precision import autocast, choose_device, compute_dtype, k
 from model.alexnet import AlexNet
 from model.optimizer import Sgd2012
 from model.schedule import Rates
-from pipeline.tools.errors import DuetError, UsageError, run
+from pipeline.tools.errors import DuetError
 
 INTERVALS = (Config.checkpoint_every, 50)
 """Steps between checkpoints: the default, and often."""
@@ -53,7 +52,7 @@ QUIET = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class SavingOptions(Options):
     """Measure the cost of checkpoints."""
 
     rounds: int = 5
@@ -66,8 +65,6 @@ class Options:
     """auto: a GPU if there is one."""
     folder: Path | None = None
     """Folder of the disk to write to; default: the folder of temporary files."""
-    json: bool = False
-    """Print one JSON object instead of the table."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class Round:
 class Training:
     """Steps of the full network on random images."""
 
-    def __init__(self, options: Options, device: torch.device) -> None:
+    def __init__(self, options: SavingOptions, device: torch.device) -> None:
         self._device = device
         self._dtype = compute_dtype("auto", device)
         self.net = AlexNet(width=options.width).to(device)
@@ -150,15 +147,8 @@ def run_round(training: Training, checkpoints: CheckpointManager) -> Round:
     return Round(quiet, begin, finish, writing, slower, measure_seconds(at_once))
 
 
-def measure_seconds(action: Callable[[], None]) -> float:
-    """Return the seconds of a call."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
-def measure(options: Options, device: torch.device, folder: Path) -> tuple[Round, int]:
-    """Return the medians of all rounds, and the bytes of a checkpoint."""
+def measure(options: SavingOptions, device: torch.device, folder: Path) -> tuple[list[Round], int]:
+    """Return all rounds, and the bytes of a checkpoint."""
 
     def tell(event: Event) -> None:
         if isinstance(event, Warned):
@@ -173,49 +163,41 @@ def measure(options: Options, device: torch.device, folder: Path) -> tuple[Round
     with closing(checkpoints):
         run_round(training, checkpoints)  # memory grows, kernels are chosen
         rounds = [run_round(training, checkpoints) for _ in range(options.rounds)]
-    names = [field.name for field in fields(Round)]
-    medians = {name: statistics.median(getattr(one, name) for one in rounds) for name in names}
-    return Round(**medians), training.bytes
+    return rounds, training.bytes
 
 
-def print_table(found: Round, size: int, shares: dict[str, dict[str, float]]) -> None:
-    """Print the table."""
-    print(f"{size / 1e6:,.0f} MB, {found.step:.3f} s a step\n")
-    for name, seconds in asdict(found).items():
-        if name != "step":
-            print(f"{name.replace('_', ' '):12}{seconds:9.3f} s")
-    print(f"\n{'every':>8}{'standing still':>18}{'with slower steps':>20}{'waited for':>14}")
-    for interval, share in shares.items():
-        cells = f"{share['blocked']:18.2%}{share['all']:20.2%}{share['waited_for']:14.2%}"
-        print(f"{interval:>8}{cells}")
+PARTS = ("begin", "writing", "finish", "slower", "waited_for")
+"""Parts of a round beside the quiet step."""
 
 
-def main() -> None:
-    """Measure, and print the table."""
-    options = tyro.cli(Options, description=__doc__)
-    if options.rounds < 1 or options.batch_size < 1:
-        raise UsageError("--rounds and --batch-size must be at least 1")
-    if options.folder is not None and not options.folder.is_dir():
-        raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
+def report(options: SavingOptions) -> Report:
+    """Measure the parts of a checkpoint, and what they are of the time of a training."""
     keep_memory()
     device = choose_device(options.device)
     with tempfile.TemporaryDirectory(prefix="duet-saving-", dir=options.folder) as folder:
-        found, size = measure(options, device, Path(folder))
+        rounds, size = measure(options, device, Path(folder))
+    seconds = {name: [getattr(one, name) for one in rounds] for name in ("step", *PARTS)}
+    found = Round(**{name: statistics.median(values) for name, values in seconds.items()})
     blocked = found.begin + found.finish
-    shares = {
-        str(interval): {
-            "blocked": blocked / (interval * found.step + blocked),
-            "all": found.share(interval),
-            "waited_for": found.share(interval, waiting=True),
-        }
-        for interval in INTERVALS
-    }
-    if options.json:
-        table = {"device": device.type, "bytes": size, "seconds": asdict(found), "shares": shares}
-        print(json.dumps(table))
-    else:
-        print_table(found, size, shares)
+    parts = [(name.replace("_", " "), f"{getattr(found, name):.3f} s") for name in PARTS]
+    shares = [
+        (
+            str(every), f"{blocked / (every * found.step + blocked):.2%}",
+            f"{found.share(every):.2%}", f"{found.share(every, waiting=True):.2%}",
+        )
+        for every in INTERVALS
+    ]  # fmt: skip
+    title = f"{size / 1e6:,.0f} MB, {found.step:.3f} s a step, {device.type}"
+    head = ("a checkpoint every", "standing still", "with slower steps", "waited for")
+    return Report(
+        tables={
+            "saving": Table(("part of a checkpoint", "time"), parts, title),
+            "saving-shares": Table(head, shares),
+        },
+        figures={name: Figure(seconds[name], "s", "lower") for name in ("begin", "writing")},
+        facts={"device": device.type, "bytes": size, "seconds": seconds},
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    start(SavingOptions, report, __doc__)

@@ -18,19 +18,16 @@ medians over the rounds, ratios are medians of the ratios within rounds.
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import statistics
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-import rich.console
-import rich.table
 import torch
-import tyro
+from harness.report import Figure, Options, Report, Table, format_range, start
+from harness.rounds import list_ratios, median_ratio, order_round
 from nets import Step, duet_step, eager_step, plain_alexnet, torchvision_alexnet
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -39,7 +36,7 @@ from cluster.training.precision import keep_memory
 from model.alexnet import AlexNet
 from model.architecture import Design
 from model.norm import describe_backend
-from pipeline.tools.errors import DuetError, run
+from pipeline.tools.errors import DuetError
 from pipeline.tools.units import cpu_count
 
 DTYPES = ("float32", "bfloat16")
@@ -56,7 +53,7 @@ Rates = dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setup:
+class Setup(Options):
     """Time training steps on the CPU: ours, plain PyTorch, torchvision."""
 
     width: float = 1.0
@@ -73,8 +70,6 @@ class Setup:
     """Steps in a turn."""
     profile: bool = False
     """Also list the operations of our step by their share of its time."""
-    json: bool = False
-    """Print one JSON object on stdout, the table on stderr."""
 
 
 def make_step(lane: str, setup: Setup) -> Step:
@@ -178,7 +173,7 @@ def measure_lanes(setup: Setup) -> tuple[Rates, dict[str, str], dict[str, dict[s
     peers = {peer.lane: peer for peer in processes if not peer.missing}
     rates: Rates = {lane: {dtype: [] for dtype in DTYPES} for lane in peers}
     for number in range(setup.rounds):
-        for lane in list(peers)[:: -1 if number % 2 else 1]:
+        for lane in order_round(peers, number):
             for dtype in DTYPES:
                 rates[lane][dtype].append(peers[lane].ask(dtype))
     profiles = {dtype: peers["duet"].ask(dtype, profile=True) for dtype in DTYPES}
@@ -190,11 +185,6 @@ def measure_lanes(setup: Setup) -> tuple[Rates, dict[str, str], dict[str, dict[s
 def find_best_dtype(found: dict[str, list[float]]) -> str:
     """Return the dtype with the highest median rate."""
     return max(found, key=lambda dtype: statistics.median(found[dtype]))
-
-
-def median_ratio(ours: list[float], theirs: list[float]) -> float:
-    """Return the median over the rounds of the ratio of two rates."""
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def summarize(rates: Rates, profiles: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -220,62 +210,51 @@ def summarize(rates: Rates, profiles: dict[str, dict[str, float]]) -> dict[str, 
     }
 
 
-def print_tables(
-    setup: Setup,
-    rates: Rates,
-    missing: dict[str, str],
-    found: dict[str, Any],
-    profiles: dict[str, dict[str, float]],
-) -> None:
-    """Print the tables."""
-    console = rich.console.Console(stderr=setup.json, width=100)
-    table = rich.table.Table("network", "type", "img/s", "(from to)", "ours over this", "best/best")
+def make_tables(
+    setup: Setup, rates: Rates, found: dict[str, Any], profiles: dict[str, dict[str, float]]
+) -> dict[str, Table]:
+    """Return the table of the networks, and with `--profile` one of operations for each type."""
+    rows = []
     for lane, types in rates.items():
         for dtype, values in types.items():
             over = found["ratio_in_best"][lane] if dtype == found["best"][lane] else None
-            table.add_row(
-                lane,
-                dtype,
-                f"{statistics.median(values):.1f}",
-                f"{min(values):.1f} {max(values):.1f}",
-                f"{found['ratio'][lane][dtype]:.2f}",
-                "" if over is None else f"{over:.2f}",
-            )
-    console.print(table)
-    for lane, reason in missing.items():
-        console.print(f"{lane}: {reason[:160]}", highlight=False)
-    console.print(f"normalization by {describe_backend()}", highlight=False)
-    for dtype in DTYPES:
-        console.print(
-            f"LRN in our step, {dtype}: {found['lrn_share'][dtype]:.1%} of its time (against the "
-            f"network without); {found['passes_share'][dtype]:.1%} with the ReLU and the pooling "
-            "of the same passes",
-            highlight=False,
-        )
+            rows.append((
+                lane, dtype, f"{statistics.median(values):.1f}", format_range(values, ".1f"),
+                f"{found['ratio'][lane][dtype]:.2f}x", "" if over is None else f"{over:.2f}x",
+            ))  # fmt: skip
+    notes = [f"Normalization by {describe_backend()}."]
+    notes += [
+        f"LRN in our step, {dtype}: {found['lrn_share'][dtype]:.1%} of its time (against the "
+        f"network without); {found['passes_share'][dtype]:.1%} with the ReLU and the pooling "
+        "of the same passes."
+        for dtype in DTYPES
+    ]
+    head = ("network", "type", "img/s", "rounds", "ours is", "best of ours over its best")
+    tables = {"step": Table(head, rows, notes=notes)}
     for dtype, shares in profiles.items() if setup.profile else ():
-        table = rich.table.Table(f"operation, {dtype}", "share of our step")
-        for name, share in list(shares.items())[:25]:
-            table.add_row(name, f"{share:.1%}")
-        console.print(table)
+        cells = [(name, f"{share:.1%}") for name, share in list(shares.items())[:25]]
+        tables[f"step-{dtype}"] = Table((f"operation, {dtype}", "share of our step"), cells)
+    return tables
 
 
-def main() -> None:
-    """Run the benchmark."""
-    setup = tyro.cli(Setup, description=__doc__)
+def report(setup: Setup) -> Report:
+    """Measure all networks."""
     rates, missing, profiles = measure_lanes(setup)
     found = summarize(rates, profiles)
-    print_tables(setup, rates, missing, found, profiles)
-    if setup.json:
-        whole = {
-            "setup": asdict(setup),
-            "torch": torch.__version__,
-            "backend": describe_backend(),
-            "img_s": rates,
-            "missing": missing,
-            "profile": profiles,
-        }
-        sys.stdout.write(json.dumps(whole | found) + "\n")
+    flat = {f"{lane}, {dtype}": rates[lane][dtype] for lane in rates for dtype in DTYPES}
+    return Report(
+        tables=make_tables(setup, rates, found, profiles),
+        figures={name: Figure(values) for name, values in flat.items()}
+        | {
+            f"duet over {lane}, {dtype}": Figure(list_ratios(rates["duet"][dtype], its[dtype]), "x")
+            for lane, its in rates.items()
+            if lane != "duet"
+            for dtype in DTYPES
+        },
+        missing=missing,
+        facts={"backend": describe_backend(), "img_s": rates, "profile": profiles} | found,
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    start(Setup, report, __doc__)

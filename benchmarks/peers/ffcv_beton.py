@@ -24,7 +24,8 @@ from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTo
 from ffcv.writer import DatasetWriter
 from PIL import Image
 
-from peers.work import CROP, RATIO, SCALE, STORED, Work, stored
+from peers.crops import CROP, RATIO, SCALE
+from peers.work import STORED, Work, stored
 
 PREFETCH = 3
 """Batches prefetched (FFCV's default)."""

@@ -16,7 +16,8 @@ import spdl.io
 import torch
 from spdl.pipeline import PipelineBuilder
 
-from peers.work import CROP, Floats, Work, draw_box, shuffle_files, write_files
+from peers.crops import CROP, draw_box
+from peers.work import Floats, Work, shuffle_files, write_files
 
 PREFETCH = 3
 """Batches in the sink, as on that page."""

@@ -19,7 +19,8 @@ import torch
 from torch.nn.functional import interpolate
 from torchcodec.decoders import decode_jpeg
 
-from peers.work import CROP, Floats, Work, draw_box, shuffle_files, write_files
+from peers.crops import CROP, draw_box
+from peers.work import Floats, Work, shuffle_files, write_files
 
 
 def prepare(work: Work) -> None:

@@ -10,18 +10,25 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
+from harness.rounds import measure_seconds
 
 from peers import Peer
-from peers.work import CROP, Work
+from peers.crops import CROP
+from peers.work import Work
+from pipeline.throughput.clock import CpuLoad
+from pipeline.throughput.foreign_loader import read_memory
 from pipeline.tools.errors import DataError, DuetError, SetupError
 from pipeline.tools.processes import tie_to_parent
 
@@ -31,36 +38,61 @@ CHANNEL_OFF = 10.0
 """Grey levels that their channel means may be away from those of the whole set."""
 
 
+@dataclass(frozen=True)
+class Turn:
+    """What a loader did in its turn."""
+
+    img_s: float
+    cpu_ms: float
+    """Milliseconds of processor time an image, of all its processes."""
+    memory: int
+    """Bytes held by its processes at the end; a page that several share counts once."""
+
+
 class Runner:
     """One loader, in a process that ends with this one."""
 
-    def __init__(self, peer: Peer, work: Work) -> None:
-        """Start the process; `wait` returns when it is ready."""
+    def __init__(self, peer: Peer, work: Work, resumed: int = 0) -> None:
+        """Start the process; `wait` returns when it is ready.
+
+        Args:
+            peer: the loader.
+            work: its job.
+            resumed: images of a made-up set, in the middle of whose epoch the loader resumes and
+                ends after a batch; 0 begins to deliver the images of `work`.
+        """
         self.title = peer.title
         self._log = work.folder / "log"
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(peer, work, theirs, self._log))
+        self._process = spawn.Process(target=_serve, args=(peer, work, theirs, self._log, resumed))
         self._process.start()
         theirs.close()
 
-    def wait(self) -> str | None:
-        """Return None once the loader is ready, or why its library cannot be imported.
+    def wait(self, seconds: float | None = None) -> float:
+        """Return the seconds until the loader's first batch, imports not counted.
+
+        Args:
+            seconds: patience; None has no end.
 
         Raises:
-            SetupError: it failed, or it delivers other batches than `work` describes.
+            SetupError: it cannot be imported, failed, or was not ready in time.
+            DataError: it delivers other batches than `work` describes.
         """
-        answer = self._answer()
-        return None if answer is None else str(answer)
+        if not self._pipe.poll(seconds):
+            self._process.kill()
+            raise SetupError(f"no batch within {seconds:.0f} s")
+        return float(self._answer())
 
-    def turn(self, seconds: float) -> float:
-        """Return the img/s over whole batches in a window of `seconds`.
+    def turn(self, seconds: float) -> Turn:
+        """Return what was measured over whole batches in a window of `seconds`.
 
         Raises:
             SetupError: the loader failed.
         """
         self._pipe.send(seconds)
-        return float(self._answer())
+        turn: Turn = self._answer()
+        return turn
 
     def close(self) -> None:
         """End the process and all that it started."""
@@ -85,7 +117,7 @@ class Runner:
         return answer
 
 
-def _serve(peer: Peer, work: Work, pipe: Connection, log: Path) -> None:
+def _serve(peer: Peer, work: Work, pipe: Connection, log: Path, resumed: int) -> None:
     """Run one loader: the main function of its process."""
     tie_to_parent()
     # Loaders start workers as they do elsewhere on Linux; this process has no threads yet.
@@ -93,17 +125,24 @@ def _serve(peer: Peer, work: Work, pipe: Connection, log: Path) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)  # libraries print; the parent's stdout may be JSON
     os.dup2(file, 2)
+    # Workers that a loader spawns would import the benchmark, as the main module.
+    sys.modules["__main__"] = ModuleType("__main__")
     try:
         adapter = importlib.import_module(f"peers.{peer.adapter}")
     except Exception as error:
         traceback.print_exc()
-        pipe.send(f"cannot be imported: {_line(error)}")
+        pipe.send(SetupError(f"cannot be imported: {_line(error)}"))
         return
     try:
+        if resumed:
+            state = adapter.prepare_resume(work, resumed)
+            pipe.send(measure_seconds(lambda: next(adapter.resume(work, resumed, state))))
+            return
         adapter.prepare(work)
         batches = adapter.batches(work)
+        first = measure_seconds(lambda: next(batches))
         check_batches(batches, work, decoded_only=peer.adapter == "bare_decode")
-        pipe.send(None)
+        pipe.send(first)
         while True:
             pipe.send(_measure(batches, work, pipe.recv()))
     except EOFError:
@@ -155,19 +194,20 @@ def _expect(what: str, found: object, wanted: object) -> None:
         raise DataError(f"{what} {found}, expected {wanted}")
 
 
-def _measure(batches: Iterator[Any], work: Work, seconds: float) -> float:
-    """Return img/s; the batches that were made before the turn are taken first."""
+def _measure(batches: Iterator[Any], work: Work, seconds: float) -> Turn:
+    """Measure a turn; the batches that were made before it are taken first."""
     for _ in range(8 + 2 * work.cores):  # torch's workers keep two each, DALI two, FFCV five
         next(batches)
     _synchronize(work)
-    count, start = 0, time.perf_counter()
+    load, count, start = CpuLoad(), 0, time.perf_counter()
     while (passed := time.perf_counter() - start) < seconds:
         next(batches)
         count += 1
     if work.device == "gpu":
         _synchronize(work)
         passed = time.perf_counter() - start
-    return count * work.batch_size / passed
+    rate = count * work.batch_size / passed
+    return Turn(rate, 1000 * load.cores() / rate, read_memory()[0])
 
 
 def _synchronize(work: Work) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import math
+import os
 import random
 import tarfile
 from collections import deque
@@ -14,12 +14,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
 
+from peers.crops import CROP, crop_jpeg
 from pipeline.dataset.manifest import Manifest
 
-CROP = 224
 STORED = 256
+SHARD = 1_000
+"""Samples in a shard of a made-up set for resumes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,37 +86,18 @@ def shuffle_files(work: Work) -> Iterator[Path]:
         yield from random.sample(paths, len(paths))
 
 
-SCALE, RATIO, ATTEMPTS = (0.08, 1.0), (3 / 4, 4 / 3), 10
-"""Share of the area and aspect ratio of a resized crop, and draws before the centre is taken:
-those of torchvision's RandomResizedCrop."""
-
-
-def draw_box(width: int, height: int, crop: str) -> tuple[int, int, int, int]:
-    """Return left and upper edge, width and height of a random crop of an image."""
-    if crop == "random":
-        return random.randint(0, width - CROP), random.randint(0, height - CROP), CROP, CROP
-    for _ in range(ATTEMPTS):
-        area = width * height * random.uniform(*SCALE)
-        ratio = math.exp(random.uniform(*map(math.log, RATIO)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            return random.randint(0, width - w), random.randint(0, height - h), w, h
-    w, h = min(width, round(height * RATIO[1])), min(height, round(width / RATIO[0]))
-    return (width - w) // 2, (height - h) // 2, w, h
-
-
 def pillow_crop(jpeg: bytes, crop: str) -> torch.Tensor:
-    """Return a random crop of a JPEG file, every second one mirrored; uint8 [224, 224, 3].
+    """Return `crop_jpeg` as a tensor."""
+    return torch.from_numpy(crop_jpeg(jpeg, crop))
 
-    Pillow decodes the whole image (it cannot do less exactly); only the crop is copied or resized.
-    """
-    image = Image.open(io.BytesIO(jpeg))
-    x, y, width, height = draw_box(*image.size, crop)
-    image = image.crop((x, y, x + width, y + height))
-    if crop == "resized":
-        image = image.resize((CROP, CROP), Image.Resampling.BILINEAR)
-    pixels = np.asarray(image)
-    return torch.from_numpy(np.array(pixels[:, ::-1] if random.random() < 0.5 else pixels))
+
+def repeat_files(folder: Path, name: str, count: int, form: str) -> list[str]:
+    """Return the names of `count` hard links to a file of a folder, numbered by `form`."""
+    names = [form.format(number) for number in range(count)]
+    for one in names:
+        if one != name:
+            os.link(folder / name, folder / one)
+    return names
 
 
 class Floats:
