@@ -41,7 +41,7 @@ py      = $(VENV)/bin/python
 install = (while sleep 30 > /dev/null 2>&1 && kill -0 $$$$ 2> /dev/null; do echo 'still installing'; done) & \
 	trap "kill $$!" EXIT INT TERM; $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 
-.PHONY: help install train test test-all run-tests quick check lint types pages docs soak format clean
+.PHONY: help install train test test-all run-tests quick check lint types pages docs bench soak format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -55,6 +55,7 @@ help:
 	@echo 'make test-all                     that, and the long tests; half an hour'
 	@echo 'make quick                        lint, types, and the tests that start no process'
 	@echo 'make docs                         build the pages of docs/ as a site, site/index.html'
+	@echo 'make bench                        the quick benchmarks, and what changed since the last time; ten minutes'
 	@echo 'make soak                         kill a training [KILLS=50] times; half an hour'
 	@echo 'make format                       let ruff format and fix'
 	@echo 'make clean                        remove caches (data/, runs/ and .venv stay)'
@@ -130,6 +131,10 @@ run-tests: $(VENV)/.dev
 # Everything below Ray and below the start of a process: the loop while one writes.
 quick: check
 	OMP_WAIT_POLICY=passive $(py) -m pytest -n 2 -m "not ray and not slow" --quick -q
+
+# Results lie in runs/benchmarks; BENCH="step loaders" runs these only.
+bench: $(VENV)/.installed
+	@$(py) benchmarks/run.py $(BENCH) --quick
 
 # Not part of `make test`: half an hour, and it wants a quiet machine.
 soak: $(VENV)/.dev

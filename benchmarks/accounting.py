@@ -7,13 +7,17 @@ step of training, called again and again. Both as shares of what they are part o
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 from unittest import mock
 
 import torch
+import tyro
+from harness.report import Figure, Options, Report, Table, start
+from harness.rounds import take_turns
 
 from cluster.config import Config
 from cluster.mesh import ProcessMesh
@@ -25,6 +29,14 @@ from pipeline.throughput.stages import Setting, measure_reading, open_parts
 from pipeline.throughput.stream_rate import measure_stream
 
 TURNS = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class AccountingOptions(Options):
+    """Measure what the timers cost."""
+
+    data: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
+    """Dataset in a folder."""
 
 
 def measure_reader(setting: Setting, clock: bool) -> float:
@@ -58,19 +70,30 @@ def measure_step() -> float:
         return (time.perf_counter() - start) / 2000
 
 
-def main() -> None:
-    """Print the shares."""
-    setting = Setting(data=sys.argv[1])
+def report(options: AccountingOptions) -> Report:
+    """Measure the shares."""
+    setting = Setting(data=str(options.data))
     with open_parts(setting) as parts:
         measure_reading(parts, 1.0, 40)
-    pairs = [(measure_reader(setting, True), measure_reader(setting, False))
-             for _ in range(TURNS)]  # fmt: skip
-    each = statistics.median(1 / on - 1 / off for on, off in pairs)
+    rates = take_turns(
+        {"with": lambda: measure_reader(setting, True),
+         "without": lambda: measure_reader(setting, False)}, TURNS,
+    )  # fmt: skip
+    each = [1 / on - 1 / off for on, off in zip(rates["with"], rates["without"], strict=True)]
     stream = measure_stream(setting, 3.0).rate.median
-    print(f"clocks of the reading thread: {each * 1e9:,.0f} ns an image, "
-          f"{each * stream:.2%} of the time of a stream of {stream:,.0f} img/s")  # fmt: skip
-    print(f"clocks and row of a step: {measure_step() * 1e6:,.0f} µs")
+    steps = [measure_step() for _ in range(3)]
+    median = statistics.median(each)
+    rows = [
+        ("clocks of the reading thread", f"{median * 1e9:,.0f} ns an image",
+         f"{median * stream:.2%} of the time of a stream of {stream:,.0f} img/s"),
+        ("clocks and row of a step", f"{statistics.median(steps) * 1e6:,.0f} µs", ""),
+    ]  # fmt: skip
+    return Report(
+        tables={"accounting": Table(("what", "cost", "share"), rows)},
+        figures={"clocks and row of a step": Figure([s * 1e6 for s in steps], "µs", "lower")},
+        facts={"reader_img_s": rates, "stream_img_s": stream},
+    )
 
 
 if __name__ == "__main__":
-    main()
+    start(AccountingOptions, report, __doc__)

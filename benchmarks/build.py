@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import json
-import os
 import resource
 import shutil
 import statistics
@@ -29,20 +27,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import rich.box
-import rich.console
-import rich.table
 import tyro
 from builders import BUILDERS, Builder
 from builders.quality import make_quality_table, measure_quality
+from harness.report import Figure, Options, Report, Table, format_range, start
+from harness.rounds import list_ratios, order_round
 
-from pipeline.tools.errors import SetupError, UsageError, run
+from pipeline.tools.errors import DuetError, SetupError, UsageError
 from pipeline.tools.progress import Progress
-from pipeline.tools.units import cpu_count
 
 
 @dataclass(frozen=True, kw_only=True)
-class BuildOptions:
+class BuildOptions(Options):
     """Measure ways of packing in turn."""
 
     images: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="IMAGES")]
@@ -59,8 +55,6 @@ class BuildOptions:
     """Folder for the temporary one with the outputs."""
     quality: bool = False
     """Also measure what the stored images lose, over every fifth of them."""
-    json: bool = False
-    """Print one JSON object on stdout."""
 
 
 @dataclass(frozen=True)
@@ -182,13 +176,17 @@ def measure(rows: list[BuilderRow], options: BuildOptions, folder: Path) -> int:
     present = [row for row in rows if not row.missing]
     with Progress("measuring", total=(options.rounds + 1) * len(present), unit="turns") as progress:
         for number in range(options.rounds + 1):
-            for row in present[:: -1 if number % 2 else 1]:
+            for row in order_round(present, number):
                 progress.note(row.builder.title)
-                if number == 0:
-                    tries = [run_turn(row, once, folder / "out") for _ in range(2)]
-                    row.once = Turn(min(t.seconds for t in tries), min(t.cpu for t in tries))
-                else:
-                    row.turns.append(run_turn(row, whole, folder / "out"))
+                try:
+                    if number == 0:
+                        tries = [run_turn(row, once, folder / "out") for _ in range(2)]
+                        row.once = Turn(min(t.seconds for t in tries), min(t.cpu for t in tries))
+                    elif not row.missing:
+                        row.turns.append(run_turn(row, whole, folder / "out"))
+                except DuetError as error:
+                    row.missing, row.turns = str(error), []
+                    shutil.rmtree(folder / "out", ignore_errors=True)
                 progress.advance(1)
     return whole.count
 
@@ -211,51 +209,33 @@ def collect_facts(rows: list[BuilderRow], count: int, options: BuildOptions) -> 
         }
     for way in found.values():
         ours = found.get("ours", way)
-        way["ours_over_it"] = _ratio(ours["steady_img_s"], way["steady_img_s"])
-        way["its_cpu_over_ours"] = _ratio(way["cpu_ms"], ours["cpu_ms"])
+        both = ours["missing"] is None and way["missing"] is None
+        way["ours_over_it"] = list_ratios(ours["steady_img_s"], way["steady_img_s"]) if both else []
+        way["its_cpu_over_ours"] = list_ratios(way["cpu_ms"], ours["cpu_ms"]) if both else []
     return {
-        "cores": cpu_count(),
-        "load_at_end": round(os.getloadavg()[0], 2),
         "pictures": count,
         "workers": options.workers,
         "ways": found,
     }
 
 
-def _ratio(ones: list[float], others: list[float]) -> float | None:
-    ratios = [one / other for one, other in zip(ones, others, strict=True)]
-    return round(statistics.median(ratios), 3) if ratios else None
-
-
-def make_table(found: dict[str, Any]) -> rich.table.Table:
+def make_table(found: dict[str, Any]) -> Table:
     """Return the facts as a table."""
-    out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
-    out.add_column("way", no_wrap=True)
-    for title in ("once s", "img/s", "steady", "rounds", "ours is", "cpu ms", "ours is"):
-        out.add_column(title, justify="right", no_wrap=True)
-    missing = []
-    for way in found["ways"].values():
+    rows = []
+    for name, way in found["ways"].items():
         if way["missing"]:
-            missing.append(f"{way['title']}: {way['missing']}")
             continue
         steady = way["steady_img_s"]
-        out.add_row(
-            way["title"],
-            f"{way['once_s']:.1f}",
-            f"{statistics.median(way['img_s']):,.0f}",
-            f"{statistics.median(steady):,.0f}",
-            f"{min(steady):,.0f} to {max(steady):,.0f}",
-            f"{way['ours_over_it']:.2f}x",
-            f"{statistics.median(way['cpu_ms']):.2f}",
-            f"{way['its_cpu_over_ours']:.2f}x",
-        )
-    out.title = (
-        f"{found['pictures']:,} images a turn, {found['workers']} processes on {found['cores']} "
-        f"cores; load at the end {found['load_at_end']}"
-    )
-    out.title_justify = "left"
-    out.caption, out.caption_justify = "\n".join(missing), "left"
-    return out
+        ratios = (way["ours_over_it"], way["its_cpu_over_ours"])
+        rate, cpu = (f"{statistics.median(one):.2f}x" if one else "" for one in ratios)
+        rows.append((
+            f"**{way['title']}**" if name == "ours" else way["title"], f"{way['once_s']:.1f}",
+            f"{statistics.median(way['img_s']):,.0f}", f"{statistics.median(steady):,.0f}",
+            format_range(steady), rate, f"{statistics.median(way['cpu_ms']):.2f}", cpu,
+        ))  # fmt: skip
+    title = f"{found['pictures']:,} images a turn, {found['workers']} processes"
+    head = ("way", "once s", "img/s", "steady", "rounds", "ours is", "CPU ms an image", "ours is")
+    return Table(head, rows, title)
 
 
 def _version(builder: Builder) -> str | None:
@@ -265,26 +245,31 @@ def _version(builder: Builder) -> str | None:
         return None
 
 
-def main() -> None:
-    """Compare the ways of packing and print the tables."""
-    options = tyro.cli(BuildOptions, prog="python benchmarks/build.py", description=__doc__)
-    if min(options.rounds, options.workers, options.repeat - 1) < 1:
-        raise UsageError("--rounds and --workers must be above 0, --repeat above 1")
-    if options.folder is not None and not options.folder.is_dir():
-        raise UsageError(f"--folder {options.folder} is not a folder; make it or name another")
+def report(options: BuildOptions) -> Report:
+    """Compare the ways of packing."""
+    if options.repeat < 2:
+        raise UsageError("--repeat must be above 1")
     rows = select_builders(options)
     with tempfile.TemporaryDirectory(prefix="build-", dir=options.folder) as folder:
         count = measure(rows, options, Path(folder))
     found = collect_facts(rows, count, options)
-    console = rich.console.Console(stderr=options.json)
-    console.width = max(console.width, 112)  # no column is cut where nobody looks
-    console.print(make_table(found))
+    tables = {"build": make_table(found)}
     if options.quality:
         found["quality"] = measure_quality(sorted(options.images.glob("*/*"))[::5])
-        console.print(make_quality_table(found["quality"]))
-    if options.json:
-        sys.stdout.write(json.dumps(found) + "\n")
+        tables["build-quality"] = make_quality_table(found["quality"])
+    ways = {name: way for name, way in found["ways"].items() if not way["missing"]}
+    return Report(
+        tables=tables,
+        figures={name: Figure(way["steady_img_s"]) for name, way in ways.items()}
+        | {
+            f"ours over {name}": Figure(way["ours_over_it"], "x")
+            for name, way in ways.items()
+            if way["ours_over_it"]
+        },
+        missing={row.name: row.missing for row in rows if row.missing},
+        facts=found,
+    )
 
 
 if __name__ == "__main__":
-    run(main)
+    start(BuildOptions, report, __doc__)

@@ -83,7 +83,7 @@ class LoaderRow:
     missing: str = ""
     """Reason why it was not measured."""
     turns: list[Turn] = field(default_factory=list)
-    """What was measured in each round."""
+    """Measurement of each round."""
     first: float | None = None
     """Seconds until the first batch."""
     resumed: list[float] = field(default_factory=list)
@@ -200,10 +200,6 @@ def measure(rows: list[LoaderRow], options: LoaderOptions, folder: Path) -> None
                     progress.advance(1)
 
 
-PATIENCE = 300.0
-"""Seconds for a made-up set and the first batch after a resume in it."""
-
-
 def measure_resumes(rows: list[LoaderRow], options: LoaderOptions, folder: Path) -> None:
     """Time the first batch after a resume, and fill in the rows."""
     able = [row for row in rows if not (row.missing or row.no_resume)]
@@ -215,7 +211,7 @@ def measure_resumes(rows: list[LoaderRow], options: LoaderOptions, folder: Path)
                 work = make_work(row.peer, options, own)
                 with closing(Runner(row.peer, work, options.samples)) as runner:
                     try:
-                        row.resumed.append(runner.wait(PATIENCE))
+                        row.resumed.append(runner.wait())
                     except DuetError as error:
                         row.no_resume = str(error)
                 shutil.rmtree(own)

@@ -45,7 +45,7 @@ class Benchmark:
     """A script in this folder."""
 
     title: str
-    """What it measures."""
+    """Quantity that it measures, in words."""
     script: str = ""
     """Name of the script, where it is not that of the benchmark."""
     arguments: str = ""
@@ -137,13 +137,13 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a benchmark."""
+    """Results of a benchmark, or the reason why there are none."""
 
     seconds: float
     found: dict[str, Any] | None
     """Its results."""
     lines: list[str]
-    """What is to be said: why there is none, who was missing, what changed."""
+    """Lines for people: why there is none, who was missing, what changed."""
 
 
 def choose(options: RunOptions) -> dict[str, Benchmark]:

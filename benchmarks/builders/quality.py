@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import rich.box
-import rich.table
 import simplejpeg
+from harness.report import Table
 from PIL import Image
 
 from pipeline.dataset.jpeg_header import read_header
@@ -108,20 +107,15 @@ def _measure_encoding(
     }
 
 
-def make_quality_table(rows: list[dict[str, Any]]) -> rich.table.Table:
+def make_quality_table(rows: list[dict[str, Any]]) -> Table:
     """Return the measurements as a table."""
-    out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False)
-    for title in ("road", "stored"):
-        out.add_column(title, no_wrap=True)
     titles = {"psnr": "PSNR dB", "psnr_worst": "worst", "bytes": "bytes"}
     titles |= {"encode_ms": "encode ms", "decode_ms": "decode ms"}
-    for title in titles.values():
-        out.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        out.add_row(row["road"], row["stored"], *(str(row.get(key, "")) for key in titles))
-    out.title = "against an exact (float64) antialiased bicubic of the decoded originals"
-    out.title_justify = "left"
-    return out
+    cells = [
+        (row["road"], row["stored"], *(str(row.get(key, "")) for key in titles)) for row in rows
+    ]
+    title = "against an exact (float64) antialiased bicubic of the decoded originals"
+    return Table(("road", "stored", *titles.values()), cells, title)
 
 
 def _mean(values: list[float]) -> float:

@@ -1,4 +1,4 @@
-"""What all benchmarks share; `benchmarks/run.py` runs them one after the other.
+"""Modules that all benchmarks share; `benchmarks/run.py` runs them one after the other.
 
 report      options, what a benchmark found, its tables and its JSON
 rounds      turns, medians and ratios within rounds

@@ -1,4 +1,4 @@
-"""What changed since an earlier run of a benchmark, beyond noise.
+"""Comparison of two runs of a benchmark: changes beyond noise.
 
 The rule is that of `duet throughput --compare`: a figure has changed if the medians of the two runs
 differ by more than 3 standard errors, those of both together, and by more than 3 %. The standard

@@ -77,7 +77,7 @@ class Table:
 
 @dataclass(kw_only=True)
 class Report:
-    """What a benchmark found."""
+    """Results of a benchmark."""
 
     tables: dict[str, Table]
     """Tables by the name of their place on a page."""
@@ -113,7 +113,7 @@ def _run(
     found = {
         "benchmark": Path(sys.argv[0]).stem,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": shlex.join([program, *sys.argv[1:]]),
+        "command": f"{program} {shlex.join(sys.argv[1:])}".strip(),
         "settings": describe_settings(given),
         "machine": describe_this_machine()
         | {"load_at_start": round(begun, 2), "other_cores": count_others(load)},
@@ -192,12 +192,12 @@ def describe_facts(found: dict[str, Any]) -> str:
 def print_report(found: dict[str, Any], *, to_stderr: bool) -> None:
     """Print tables, reasons of missing rows, and the machine."""
     console = rich.console.Console(stderr=to_stderr, highlight=False, markup=False)
-    console.width = max(console.width, 120)  # no column is cut where nobody looks
+    console.width = max(console.width, 160)  # no column is cut where nobody looks
     for table in found["tables"].values():
         out = rich.table.Table(box=rich.box.SIMPLE, pad_edge=False, title_justify="left")
         out.title = table["title"] or None
         for number, title in enumerate(table["head"]):
-            out.add_column(title, justify="right" if number else "left")
+            out.add_column(title, justify="right" if number else "left", no_wrap=not number)
         for row in table["rows"]:
             out.add_row(*(cell.replace("**", "").replace("`", "") for cell in row))
         console.print(out)

@@ -24,8 +24,12 @@ PREFETCH = 3
 
 
 def prepare(work: Work) -> None:
-    """Write every image into a file of its own."""
+    """Write every image into a file of its own, and read one.
+
+    Without FFmpeg's libraries that fails at once; the threads of a pipeline would wait.
+    """
     write_files(work)
+    spdl.io.demux_image(str(next(work.folder.glob("*.jpg"))))
 
 
 def batches(work: Work) -> Iterator[torch.Tensor]:

@@ -32,6 +32,8 @@ from pipeline.throughput.foreign_loader import read_memory
 from pipeline.tools.errors import DataError, DuetError, SetupError
 from pipeline.tools.processes import tie_to_parent
 
+PATIENCE = 600.0
+"""Seconds after which a loader counts as hanging."""
 CHECKED = 8
 """Number of batches whose values are checked before any measurement."""
 CHANNEL_OFF = 10.0
@@ -40,7 +42,7 @@ CHANNEL_OFF = 10.0
 
 @dataclass(frozen=True)
 class Turn:
-    """What a loader did in its turn."""
+    """Measurement of a loader in its turn."""
 
     img_s: float
     cpu_ms: float
@@ -69,20 +71,17 @@ class Runner:
         self._process.start()
         theirs.close()
 
-    def wait(self, seconds: float | None = None) -> float:
+    def wait(self, seconds: float = PATIENCE) -> float:
         """Return the seconds until the loader's first batch, imports not counted.
 
         Args:
-            seconds: patience; None has no end.
+            seconds: time for preparing and for the first batches.
 
         Raises:
             SetupError: it cannot be imported, failed, or was not ready in time.
             DataError: it delivers other batches than `work` describes.
         """
-        if not self._pipe.poll(seconds):
-            self._process.kill()
-            raise SetupError(f"no batch within {seconds:.0f} s")
-        return float(self._answer())
+        return float(self._answer(seconds))
 
     def turn(self, seconds: float) -> Turn:
         """Return what was measured over whole batches in a window of `seconds`.
@@ -91,7 +90,7 @@ class Runner:
             SetupError: the loader failed.
         """
         self._pipe.send(seconds)
-        turn: Turn = self._answer()
+        turn: Turn = self._answer(seconds + PATIENCE)
         return turn
 
     def close(self) -> None:
@@ -102,9 +101,13 @@ class Runner:
             self._process.kill()
             self._process.join()
 
-    def _answer(self) -> Any:
+    def _answer(self, seconds: float) -> Any:
         try:
-            answer = self._pipe.recv()
+            answer: Any = SetupError(f"nothing came within {seconds:.0f} s")
+            if self._pipe.poll(seconds):
+                answer = self._pipe.recv()
+            else:
+                self._process.kill()
         except EOFError:
             self._process.join()
             answer = SetupError(f"its process ended with exit code {self._process.exitcode}")

@@ -20,10 +20,11 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import loaders  # noqa: E402
 from peers import PEERS  # noqa: E402
-from peers.turns import check_batches  # noqa: E402
-from peers.work import CROP, Floats, Work, draw_box, pillow_crop, stored  # noqa: E402
+from peers.crops import CROP, crop_jpeg, draw_box  # noqa: E402
+from peers.turns import Turn, check_batches  # noqa: E402
+from peers.work import Floats, Work, stored  # noqa: E402
 
-from pipeline.tools.errors import DataError, UsageError  # noqa: E402
+from pipeline.tools.errors import DataError, SetupError, UsageError  # noqa: E402
 from tests.helpers.processes import run_command  # noqa: E402
 
 MEAN = (120.0, 110.0, 100.0)
@@ -89,7 +90,7 @@ def test_a_crop_is_a_window_of_the_image(tiny_data: Path) -> None:
     windows = np.lib.stride_tricks.sliding_window_view(image, (CROP, CROP), (0, 1))
     seen = set()
     for _ in range(12):
-        crop = pillow_crop(jpeg, "random").numpy()
+        crop = crop_jpeg(jpeg, "random")
         for flip, pixels in ((False, crop), (True, crop[:, ::-1])):
             # The place is where the first row fits; then everything must.
             fits = (windows[:, :, :, 0] == pixels[0].T).all((2, 3))
@@ -119,10 +120,10 @@ def test_a_box_lies_inside_the_image_and_varies(crop: str) -> None:
 
 def test_a_resized_crop_is_pillows(tiny_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jpeg = next(stored(work(tiny_data)))
-    monkeypatch.setattr("peers.work.draw_box", lambda *_: (10, 20, 100, 120))
+    monkeypatch.setattr("peers.crops.draw_box", lambda *_: (10, 20, 100, 120))
     image = Image.open(io.BytesIO(jpeg)).crop((10, 20, 110, 140))
     expected = np.asarray(image.resize((CROP, CROP), Image.Resampling.BILINEAR))
-    crop = pillow_crop(jpeg, "resized").numpy()
+    crop = crop_jpeg(jpeg, "resized")
     assert np.array_equal(crop, expected) or np.array_equal(crop[:, ::-1], expected)
 
 
@@ -140,14 +141,57 @@ def test_ratios_are_taken_within_rounds() -> None:
     ours, theirs, limit = (
         loaders.LoaderRow(name, PEERS[name]) for name in ("ours", "torch", "limit")
     )
-    ours.rates, theirs.rates = [300.0, 150.0, 330.0], [100.0, 50.0, 100.0]
-    limit.rates = [600.0, 300.0, 600.0]
-    facts = loaders.collect_facts([limit, ours, theirs], loaders.LoaderOptions(data=Path()))
-    found = facts["loaders"]
-    assert found["torch"]["ours_over_it"] == 3.0
-    assert found["ours"]["share_of_limit"] == 0.5
-    assert found["ours"]["img_s"] == 300
-    assert found["limit"]["ours_over_it"] is None
+    rates = ((ours, (300, 150, 330)), (theirs, (100, 50, 100)), (limit, (600, 300, 600)))
+    for row, values in rates:
+        row.turns = [Turn(float(value), 4.0, 10**9) for value in values]
+    theirs.resumed, theirs.first, ours.first, limit.first = [3.0], 0.5, 0.5, 0.5
+    found = loaders.collect_facts([limit, ours, theirs])
+    assert found["torch"]["ours_over_it"] == [3.0, 3.0, 3.3]
+    assert found["ours"]["share_of_limit"] == [0.5, 0.5, 0.55]
+    assert found["limit"]["ours_over_it"] == []
+    table = loaders.make_table(found, loaders.LoaderOptions(data=Path()))
+    rows = {cells[0].split(" + ")[0].strip("*"): cells[1:] for cells in table.rows}
+    assert rows["Duet stream"][:4] == ("300", "150 to 330", "0.50", "1.00")
+    assert rows["torch DataLoader"][3:] == ("3.00", "4.00", "1,000", "0.50", "3.00")
+    assert table.notes == ["Not resumed: torch DataLoader + Pillow: DataLoader has no state."]
+    figures = loaders.make_figures(found)
+    assert figures["ours over torch"].rate.median == 3.0
+    assert "limit, resumed" not in figures
+
+
+def test_a_loader_that_breaks_is_a_row_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Broken:
+        """Ours works; torch is not ready; webdataset breaks in its second turn."""
+
+        def __init__(self, peer: object, work: str, resumed: int = 0) -> None:
+            self.name, self.turns = work, 0
+
+        def wait(self, seconds: float | None = None) -> float:
+            if self.name == "torch":
+                raise SetupError("no torch today")
+            return 0.25
+
+        def turn(self, seconds: float) -> Turn:
+            self.turns += 1
+            if self.name == "webdataset" and self.turns == 2:
+                raise SetupError("its process ended")
+            return Turn(100.0, 1.0, 1)
+
+        def close(self) -> None:
+            pass
+
+    names = {peer.title: name for name, peer in PEERS.items()}
+    monkeypatch.setattr(loaders, "Runner", Broken)
+    monkeypatch.setattr(loaders, "make_work", lambda peer, *_: names[peer.title])
+    rows = [loaders.LoaderRow(name, PEERS[name]) for name in ("ours", "torch", "webdataset")]
+    loaders.measure(rows, loaders.LoaderOptions(data=Path(), rounds=3), tmp_path)
+    assert [row.missing for row in rows] == ["", "no torch today", "its process ended"]
+    assert [len(row.turns) for row in rows] == [3, 0, 0]
+    table = loaders.make_table(loaders.collect_facts(rows), loaders.LoaderOptions(data=Path()))
+    assert [cells[0] for cells in table.rows] == ["**Duet stream**"]
+    assert "torch DataLoader + Pillow: no torch today." in table.notes
 
 
 @pytest.mark.parametrize(
@@ -180,17 +224,24 @@ def test_a_missing_library_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_whole_comparison_in_json(tiny_data: Path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "loaders.py"), str(tiny_data)]
     command += ["--only", "ours,native,torch", "--rounds", "2", "--seconds", "0.2"]
-    command += ["--crop", "resized"]
+    command += ["--crop", "resized", "--samples", "20000"]
     done = run_command(
         [*command, "--batch-size", "8", "--json"],
         cwd=ROOT,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["loaders"]
+    whole = json.loads(done.stdout)
+    found = whole["loaders"]
     assert list(found) == ["ours", "native", "torch"]
     for row in found.values():
-        assert len(row["rounds"]) == 2
-        assert row["img_s"] > 0
-    assert found["ours"]["ours_over_it"] == 1.0
+        assert len(row["img_s"]) == 2
+        assert min(row["img_s"] + row["cpu_ms"] + row["memory_mb"]) > 0
+        assert row["first_batch_s"] > 0
+    assert found["ours"]["ours_over_it"] == [1.0, 1.0]
+    assert len(found["ours"]["resumed_s"]) == 1
+    assert found["native"]["resumed_s"] == []
+    assert whole["settings"]["data"].startswith("dataset ")
+    assert whole["machine"]["cores"] > 0
+    assert list(whole["tables"]) == ["loaders-resized"]
     assert "torch DataLoader + Pillow" in done.stderr, "the table is for people"

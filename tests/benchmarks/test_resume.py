@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -207,45 +207,27 @@ def test_an_outcome_has_its_word(case, found, said):
     assert resume.word(case, found, steady=True) == said
 
 
-def test_the_page_of_results_has_the_table_of_its_file():
+def test_the_file_of_results_has_the_tables_of_its_facts():
     found = json.loads((ROOT / "benchmarks" / "results" / "resume.json").read_text("utf-8"))
-    table = f"{resume.BEGIN}\n{resume.make_markdown(found)}\n{resume.END}"
-    assert table in (ROOT / "docs" / "results.md").read_text("utf-8")
+    tables = {name: asdict(table) for name, table in resume.make_tables(found).items()}
+    assert found["tables"] == json.loads(json.dumps(tables))
     notes = {name: (row["page"], row["note"]) for name, row in found["loaders"].items()}
     assert notes == {name: (peer.page, peer.note) for name, peer in PEERS.items()}
 
 
-def test_the_page_is_written_from_the_file_of_results(tmp_path):
-    names = ["duet", "ffcv"]
+def test_a_loader_that_is_missing_has_its_reason_and_no_column():
     found = {
-        "date": "2026-11-30",
-        "python": "3",
-        "torch": "2",
         "cases": {"middle": CASES["middle"].title},
         "loaders": {
-            name: {
-                "title": PEERS[name].title,
-                "versions": {},
-                "page": "p",
-                "note": "n",
-                "cases": {},
-            }
-            for name in names
+            name: {"title": PEERS[name].title, "versions": {}, "page": "p", "note": "n"}
+            for name in ("duet", "ffcv")
         },
     }
     found["loaders"]["duet"]["cases"] = {"middle": row()}
     found["loaders"]["ffcv"]["missing"] = "not installed"
-    page = tmp_path / "page.md"
-    page.write_text(f"before\n{resume.BEGIN}\nold\n{resume.END}\nafter\n")
-    resume.write_page(page, resume.make_markdown(found))
-    text = page.read_text()
-    assert "| cut in mid-epoch | exact |" in text
-    assert "not installed" in text
-    assert "old" not in text
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    page.write_text("nothing")
-    with pytest.raises(UsageError, match="lacks the lines"):
-        resume.write_page(page, "")
+    tables = resume.make_tables(found)
+    assert tables["resume"].head == ["", "Duet"]
+    assert [CASES["middle"].title, "exact"] in tables["resume"].rows
+    assert tables["resume-states"].rows[1][-1] == "not installed"
     with pytest.raises(UsageError, match="--only foo"):
         resume.choose("foo", PEERS, "--only")
