@@ -88,10 +88,7 @@ BENCHMARKS = {
         arguments="--rounds 5",
         quick="--width 0.25 --batch-size 32 --rounds 5 --steps 1",
     ),
-    "norms": Benchmark(
-        title="a step with each normalization",
-        quick="--width 0.125 --batch-size 8 --rounds 5 --classes 10",
-    ),
+    "norms": Benchmark(title="a step with each normalization"),
     "pair": Benchmark(
         title="two columns against one process",
         quick="--widths 0.25 --dtypes float32 --batch-size 32 --rounds 5 --steps 2",

@@ -113,7 +113,7 @@ def _run(
     found = {
         "benchmark": Path(sys.argv[0]).stem,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": f"{program} {shlex.join(sys.argv[1:])}".strip(),
+        "command": shlex.join([*program.split(), *(x for x in sys.argv[1:] if x != "--json")]),
         "settings": describe_settings(given),
         "machine": describe_this_machine()
         | {"load_at_start": round(begun, 2), "other_cores": count_others(load)},

@@ -193,6 +193,7 @@ def test_a_quick_benchmark_from_end_to_end(tmp_path, capsys, monkeypatch):
     assert harness_run.run_all(options) == 0
     found = page.read_results(tmp_path / "plan.json")
     assert found["settings"] == {"images": 20000.0}
+    assert found["command"] == "python benchmarks/plan.py --images 20000"
     assert found["figures"]["planning"]["rounds"][0] > 0
     assert found["machine"]["memory_gib"] > 0
     assert found["tables"]["plan"]["rows"][0][0] == "20,000 listed"
