@@ -127,7 +127,7 @@ class RunOptions:
     against: Path | None = None
     """Folder of results to compare with; the default is that of `--out`."""
     page: Path | None = None
-    """Page whose tables are written from the files of `--out`."""
+    """Page whose tables are written from the files of `--out`; alone, nothing is measured."""
     timeout: float = 7200.0
     """Seconds after which a benchmark is ended."""
 

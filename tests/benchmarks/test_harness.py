@@ -16,13 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import build  # noqa: E402
+import order  # noqa: E402
 import run as harness_run  # noqa: E402
+from builders import BUILDERS  # noqa: E402
 from harness import page, report  # noqa: E402
 from harness.comparison import compare, list_obstacles  # noqa: E402
 from harness.memory import MemoryPeak  # noqa: E402
 from harness.rounds import order_round, take_turns  # noqa: E402
 
-from pipeline.tools.errors import UsageError  # noqa: E402
+from pipeline.tools.errors import SetupError, UsageError  # noqa: E402
 
 MACHINE = {
     "cpu": "some CPU", "cores": 2, "features": ["avx2"], "memory_gib": 8.0, "python": "3",
@@ -219,3 +222,38 @@ def test_a_peak_is_the_greatest_reading():
     with MemoryPeak(read, every=0.001) as peak:
         assert done.wait(10)
     assert peak.bytes == 5
+
+
+def test_a_way_of_packing_that_breaks_is_a_row_and_ratios_are_within_rounds(tmp_path, monkeypatch):
+    """Ours takes 2 s, then 4 s; the plain way twice as long; litData breaks in its first turn."""
+    seconds = {"ours": iter((1, 1, 3, 5)), "plain": iter((1, 1, 5, 9))}
+
+    def run_turn(row: Any, images: Any, out: Path) -> Any:
+        if row.name == "litdata":
+            raise SetupError("litdata failed: no room")
+        return build.Turn(float(next(seconds[row.name])), 1.0 if images.count == 1 else 3.0)
+
+    monkeypatch.setattr(build, "run_turn", run_turn)
+    monkeypatch.setattr(
+        build, "link_images", lambda images, folder, repeat: build.ImageSet(folder, folder, repeat)
+    )
+    options = build.BuildOptions(images=tmp_path, rounds=2, repeat=5)
+    rows = [build.BuilderRow(name, BUILDERS[name], 2) for name in ("ours", "plain", "litdata")]
+    found = build.collect_facts(rows, build.measure(rows, options, tmp_path), options)
+    assert found["ways"]["litdata"]["missing"] == "litdata failed: no room"
+    assert found["ways"]["plain"]["ours_over_it"] == [2.0, 2.0]
+    table = build.make_table(found)
+    assert [row[0] for row in table.rows] == ["**pipeline.build_shards**", BUILDERS["plain"].title]
+    assert table.rows[1][5:] == ("2.00x", "500.00", "1.00x")
+    assert len(table.head) == len(table.rows[0])
+
+
+def test_openings_are_shown_by_medians_and_kept_by_rounds():
+    openings = [order.Opening(1.0, 2.0, 10**6), order.Opening(3.0, 7.0, 3 * 10**6)]
+    parts = [order.Parts(0.1, 0.2, 0.3, 0.4)]
+    tables = order.make_tables({}, {"20,000": {"full": openings, "parts": parts}}, {})
+    assert tables["order-openings"].rows == [("20,000", "full", "2.00", "4.50", "2")]
+    assert tables["order-openings"].notes == [
+        "20,000, full shuffle, each part alone: manifest 0.10 s, shards 0.20 s, index 0.30 s, "
+        "order 0.40 s."
+    ]

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from pipeline.tools.units import cpu_count
+from pipeline.tools.units import cpu_count, cpu_name
 
 DALI = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 CODEC = ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12", "nvidia-nvjpeg")
@@ -40,7 +40,7 @@ def facts(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "device": device,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": cpu_count(),
         "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
         "load_at_start": round(os.getloadavg()[0], 2),
@@ -124,12 +124,6 @@ def _run(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip().splitlines()[0]
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def main() -> int:
