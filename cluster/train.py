@@ -198,19 +198,19 @@ def choose_segments(command: TrainOptions) -> tuple[Dataset, Segments]:
     wanted = command.settings.version
     table = _read_checkpoint(command)
     if table is None:
-        return _open_version(command, wanted, ())
+        return _open_version(command, wanted)
     first = str(table.get("data_sha256", ""))
     segments = parse_segments(rows) if (rows := table.get("segments")) else ()
     own = segments[-1].version if segments else first
     try:
-        dataset, whole = _open_version(command, own or None, ())
+        dataset, whole = _open_version(command, own or None)
     except UsageError:  # another data set: the settings of the run are compared below
-        return _open_version(command, wanted, ())
+        return _open_version(command, wanted)
     segments = segments or whole
     if wanted is None:
         return dataset, segments
-    newer, there = _open_version(command, wanted, ())
-    (version, samples, *_), old = there[0], Manifest.load(dataset.folder)
+    newer, (there,) = _open_version(command, wanted)
+    version, old = there.version, Manifest.load(dataset.folder)
     if wanted != LATEST and version != own:
         number = Manifest.load(newer.folder).number
         raise UsageError(
@@ -218,10 +218,11 @@ def choose_segments(command: TrainOptions) -> tuple[Dataset, Segments]:
             "--data-version latest to go on with the newest, or another --run"
         )
     if version == segments[-1].version:
+        newer.close()
         return dataset, segments
     _refuse_unlike(command, old, Manifest.load(newer.folder))
     dataset.close()
-    return newer, append_version(segments, int(table["position"]), version, samples)
+    return newer, append_version(segments, int(table["position"]), version, there.samples)
 
 
 def _read_checkpoint(command: TrainOptions) -> dict[str, Any] | None:
@@ -232,11 +233,12 @@ def _read_checkpoint(command: TrainOptions) -> dict[str, Any] | None:
 
 
 def _open_version(
-    command: TrainOptions, version: int | str | None, before: Segments
-) -> tuple[Dataset, Segments]:
+    command: TrainOptions, version: int | str | None
+) -> tuple[Dataset, tuple[Segment]]:
+    """Open a version, and return it with the one segment of a run that reads it alone."""
     dataset = open_dataset(command.data, version=version, **command.settings.cached)
     samples = Manifest.load(dataset.folder).split("train", dataset.folder).samples
-    return dataset, before or (Segment(identity(dataset.folder), samples),)
+    return dataset, (Segment(identity(dataset.folder), samples),)
 
 
 def _refuse_unlike(command: TrainOptions, old: Manifest, new: Manifest) -> None:

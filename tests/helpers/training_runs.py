@@ -72,7 +72,7 @@ def together(folder: Path, calls: list[Call], world: int = 2, size: int = 2) -> 
     run_ranks(work, (world, size, folder, calls), world)
 
 
-def alone(config: Config, data: Path, run: Path, stop_after: int = 0) -> list[Event]:
+def alone(config: Config, data: Path | str, run: Path, stop_after: int = 0) -> list[Event]:
     run.mkdir(exist_ok=True)
     told: list[Event] = []
     steps = itertools.count(1)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,10 +18,19 @@ from cluster.config import Config
 from cluster.run.folder import read_identity
 from cluster.train import main
 from cluster.training.learning_rate import RateSettings
-from pipeline.dataset.manifest import Manifest, identity, version_folder
+from pipeline.batches import Stream
+from pipeline.dataset.manifest import Manifest, identity, tables_folder, version_folder
+from pipeline.dataset.members import TextTable
 from pipeline.dataset.segments import Segment, append_version, count_epochs, find_divergence
+from pipeline.options import BuildConfig, WithdrawOptions
+from pipeline.packing.additions import add_version
 from pipeline.stream.ledger.proof import prove
+from pipeline.stream.shard_reader import WITHDRAWN
 from pipeline.tools.errors import UsageError
+from pipeline.verify import verify
+from pipeline.withdraw import make_version
+from tests.helpers.http_servers import Server
+from tests.helpers.images import InProcess, jpeg
 from tests.helpers.training_runs import CONFIG, alone, rows
 from tests.helpers.versions import append_samples, make_identity, withdraw
 
@@ -27,11 +39,11 @@ LEDGERED = replace(CONFIG, ledger=True, steps=0, epochs=2.0, checkpoint_every=4,
 LATEST = "--data-version", "latest"
 
 
-def start(config: Config, data: Path, run: Path, *words: str, stop_after: int = 0) -> None:
+def start(config: Config, data: object, run: Path, *words: str, stop_after: int = 0) -> None:
     """Start a run as the command does, but for Ray."""
 
     def trainer(ready: Config, where: str, folder: Path, _: object) -> None:
-        alone(ready, Path(where), folder, stop_after)
+        alone(ready, where, folder, stop_after)
 
     path = run.parent / "config.toml"
     settings = {name: value for name, value in config.to_settings().items() if value != ""}
@@ -87,6 +99,74 @@ def test_a_run_goes_on_with_the_newest_and_its_ledger_is_proved(data, more_data,
     assert table["segments"] == [list(one) for one in expected]
     start(LEDGERED, data, run, *LATEST)  # finished
     assert Manifest.load(data / version_folder(2)).number == 2
+
+
+def read_names(data: Path) -> list[str]:
+    manifest = Manifest.load(data)
+    count = manifest.splits["train"].samples
+    return TextTable(tables_folder(data, manifest), "train", "names", count).read(np.arange(count))
+
+
+def test_a_run_goes_on_with_a_version_in_which_an_image_was_replaced(data, tmp_path, capsys):
+    run, first, name = tmp_path / "run", identity(data), read_names(data)[7]
+    start(LEDGERED, data, run, *LATEST, stop_after=4)
+    (tmp_path / "new" / name).parent.mkdir(parents=True)
+    (tmp_path / "new" / name).write_bytes(jpeg(9999))
+    settings = BuildConfig(out=str(data), add=str(tmp_path / "new"), replace=True)
+    manifest = add_version(settings, pool=InProcess())
+    assert (manifest.change["replaced"], manifest.splits["train"].samples) == (1, 48)
+    start(LEDGERED, data, run, *LATEST)
+    segments = read_identity(run).segments
+    assert segments == (Segment(first, 48), Segment(identity(data), 48, 48, 1))
+    proof = prove(data, [run])
+    assert proof.findings == ()
+    assert [(one.number, one.epochs) for one in proof.segments] == [(1, (0,)), (2, (1,))]
+    check_evaluation(run, capsys)
+    images = {}
+    plain = {"crop": "whole", "flip": 0, "colour": 0, "mean": "channel"}
+    with Stream(data, version=segments, batch_size=8, seed=LEDGERED.seed, **plain) as stream:
+        for batch in itertools.islice(stream, 12):
+            for at, one in enumerate(batch.ids.tolist()):
+                images[one] = batch.images[at].clone()
+    assert len(images) == 96  # those of the second segment have ids of their own
+    changed = [one for one in range(48) if not torch.equal(images[one], images[48 + one])]
+    assert changed == [7]
+
+
+def test_a_run_resumes_after_samples_of_its_version_were_withdrawn_and_purged(
+    data, tmp_path, capsys
+):
+    run, first, gone = tmp_path / "run", identity(data), (3, 11, 40)
+    start(LEDGERED, data, run, stop_after=4)
+    names = read_names(data)
+    (tmp_path / "keys").write_text("".join(f"{names[one]}\n" for one in gone))
+    make_version(
+        WithdrawOptions(data=str(data), keys=tmp_path / "keys", purge=True), pool=InProcess()
+    )
+    assert verify(data) == []
+    start(LEDGERED, data, run)
+    found = read_identity(run)
+    assert (found.data_sha256, found.segments) == (first, ())
+    assert [row["step"] for row in rows(run)] == list(range(1, 13))
+    assert sum(row["replaced"] for row in rows(run)[4:]) >= len(gone)  # all are due in epoch 1
+    listed = {(row["sample"], row["reason"]) for row in rows(run, "quarantine.jsonl")}
+    assert listed == {(one, WITHDRAWN) for one in gone}  # and not damaged
+    proof = prove(data, [run])
+    assert (proof.findings, proof.epochs) == ((), (0, 1))
+    check_evaluation(run, capsys)
+
+
+def test_segments_are_read_from_a_store(data, more_data, tmp_path, capsys):
+    run, first = tmp_path / "run", identity(data)
+    config = replace(LEDGERED, cache=str(tmp_path / "cache"))
+    with Server(data) as server:
+        start(config, server.address, run, *LATEST, stop_after=4)
+        second = append_samples(data, more_data, statistics=more_data)
+        start(config, server.address, run, *LATEST)
+        assert read_identity(run).segments == (Segment(first, 48), Segment(second, 60, 48, 1))
+        assert len(rows(run)) == 14
+        check_evaluation(run, capsys)
+    assert prove(data, [run]).findings == ()
 
 
 @given(
