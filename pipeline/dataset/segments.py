@@ -1,8 +1,8 @@
 """Segments: which version of a data set a run reads, from which position and epoch on.
 
 A run that follows its data set goes on with each new version at the border of an epoch. In a
-segment over N samples that begins at position f with epoch g, position p is place (p - f) mod N of
-epoch g + (p - f) // N. A segment knows its number of samples: nothing here reads a file.
+segment over N samples that begins at position f with epoch g, position p has number (p - f) mod N
+in epoch g + (p - f) // N. A segment knows its number of samples: nothing here reads a file.
 """
 
 from __future__ import annotations

@@ -90,33 +90,33 @@ def read_members(
     """
     window = _TarWindow(file, name, start, stop, lenient)
     extensions = _Extensions(window)
-    place = start
-    while (found := window.next_header(place)) is not None:
-        header, place = found
+    offset = start
+    while (found := window.next_header(offset)) is not None:
+        header, offset = found
         raw, size_field, kind, magic, prefix = _HEADER.unpack(header)
-        size = window.number(size_field, place)
+        size = window.number(size_field, offset)
         if kind in _EXTENSIONS:
-            extensions.add(kind, place + BLOCK, size)
-            place += BLOCK - size // -BLOCK * BLOCK
+            extensions.add(kind, offset + BLOCK, size)
+            offset += BLOCK - size // -BLOCK * BLOCK
             continue
         raw = raw.partition(b"\0")[0]
         if prefix[0] and not magic.startswith(b"ustar "):  # GNU keeps other things there
             raw = prefix.partition(b"\0")[0] + b"/" + raw
         sparse = False
         if extensions.has_any:
-            raw, size, sparse = extensions.apply(raw, size, place)
+            raw, size, sparse = extensions.apply(raw, size, offset)
         if kind in _WITHOUT_DATA or (kind == b"\0" and raw.endswith(b"/")):  # V7's folders
             size, raw, regular = 0, raw.rstrip(b"/"), False
         else:
             regular = kind in _REGULAR and not sparse
         if kind == b"S":
-            place, sparse = window.skip_map(header, place), True
-        member = Member(raw.decode(*ENCODING), place + BLOCK, size, regular, kind == b"1", sparse)
-        window.check(member, place)
+            offset, sparse = window.skip_map(header, offset), True
+        member = Member(raw.decode(*ENCODING), offset + BLOCK, size, regular, kind == b"1", sparse)
+        window.check(member, offset)
         yield member
-        place += BLOCK - size // -BLOCK * BLOCK
+        offset += BLOCK - size // -BLOCK * BLOCK
     if extensions.own:
-        raise window.damage("it ends after the first half of a header", place)
+        raise window.damage("it ends after the first half of a header", offset)
 
 
 def escape(name: str) -> str:
@@ -137,22 +137,22 @@ class _Extensions:
         self._shared: dict[bytes, bytes] = {}
         self.has_any = False
 
-    def add(self, kind: bytes, place: int, size: int) -> None:
+    def add(self, kind: bytes, offset: int, size: int) -> None:
         """Read the content of an extension header."""
-        content = self._window.extension(place, size)
+        content = self._window.extension(offset, size)
         if kind == b"L":
             self.own.setdefault(b"path", content.partition(b"\0")[0])
         elif kind == b"g":
-            self._shared |= self._window.records(content, place)
+            self._shared |= self._window.records(content, offset)
         elif kind != b"K":  # the target of a link is not used
-            self.own = self._window.records(content, place) | self.own  # the first one wins
+            self.own = self._window.records(content, offset) | self.own  # the first one wins
         self.has_any = bool(self.own or self._shared)
 
-    def apply(self, raw: bytes, size: int, place: int) -> tuple[bytes, int, bool]:
-        """Return name, size and sparseness of the member whose header is at `place`."""
+    def apply(self, raw: bytes, size: int, offset: int) -> tuple[bytes, int, bool]:
+        """Return name, size and sparseness of the member whose header is at `offset`."""
         known = self._shared | self.own
         if b"size" in known:
-            size = self._window.number(known[b"size"], place, base=10)
+            size = self._window.number(known[b"size"], offset, base=10)
         self.own, self.has_any = {}, bool(self._shared)
         name = known.get(_SPARSE_NAME, known.get(b"path", raw))
         return name, size, _SPARSE in known
@@ -169,47 +169,47 @@ class _TarWindow:
         self.stop = file.seek(0, 2) if stop is None else stop
         self._block, self._base, self._length = b"", start, _SMALLEST
 
-    def header(self, place: int) -> bytes | None:
-        """Return the checked header at `place`, or None where the tar ends."""
-        at = place - self._base
+    def header(self, offset: int) -> bytes | None:
+        """Return the checked header at `offset`, or None where the tar ends."""
+        at = offset - self._base
         header = self._block[at : at + BLOCK]
         if len(header) < BLOCK:
-            header = self._read(place, BLOCK)
+            header = self._read(offset, BLOCK)
         if header == _ZEROS:
             if not self._lenient:
-                self._check_end(place + BLOCK)
+                self._check_end(offset + BLOCK)
             return None
         if len(header) < BLOCK:
             if self.stop == self._start:
-                raise self.damage("it is empty", place)
+                raise self.damage("it is empty", offset)
             raise self._header_error(
-                header, place, "it has no end mark, so more of it may be missing"
+                header, offset, "it has no end mark, so more of it may be missing"
             )
         if not _is_checksum_right(header):
-            raise self._header_error(header, place, f"no valid header at byte {place:,}")
+            raise self._header_error(header, offset, f"no valid header at byte {offset:,}")
         return header
 
-    def next_header(self, place: int) -> tuple[bytes, int] | None:
-        """Return the header at `place`, or the first of a tar that is joined there, and its place.
+    def next_header(self, offset: int) -> tuple[bytes, int] | None:
+        """Return the header at `offset`, or the first of a tar joined there, and where it is.
 
         None where the tar ends.
         """
-        while (header := self.header(place)) is None:
-            if not self._lenient or (following := self.find_next(place)) is None:
+        while (header := self.header(offset)) is None:
+            if not self._lenient or (following := self.find_next(offset)) is None:
                 return None
-            place = following
-        return header, place
+            offset = following
+        return header, offset
 
-    def extension(self, place: int, size: int) -> bytes:
+    def extension(self, offset: int, size: int) -> bytes:
         """Return the content of an extension header, if it is not too large."""
         if size > EXTENSION_LIMIT:
-            raise self.damage(f"an extension header of {size:,} bytes at byte {place:,}", place)
-        content = self._read(place, size)
+            raise self.damage(f"an extension header of {size:,} bytes at byte {offset:,}", offset)
+        content = self._read(offset, size)
         if len(content) < size:
-            raise self.damage("it ends inside an extension header", place)
+            raise self.damage("it ends inside an extension header", offset)
         return content
 
-    def check(self, member: Member, place: int) -> None:
+    def check(self, member: Member, offset: int) -> None:
         """Refuse a member that is not all there, or that is sparse."""
         if member.offset + member.size > self.stop:
             what = "goes on after its end"
@@ -217,26 +217,26 @@ class _TarWindow:
             what = "is stored sparsely"
         else:
             return
-        raise self.damage(f"{escape(member.name[:200])} {what}", place, member)
+        raise self.damage(f"{escape(member.name[:200])} {what}", offset, member)
 
-    def skip_map(self, header: bytes, place: int) -> int:
+    def skip_map(self, header: bytes, offset: int) -> int:
         """Return the last block of the header of a sparse member, behind the map of its data."""
         more = header[482]
         while more:
-            place += BLOCK
-            block = self._read(place, BLOCK)
+            offset += BLOCK
+            block = self._read(offset, BLOCK)
             if len(block) < BLOCK:
-                raise self.damage("it ends inside the map of a sparse member", place)
+                raise self.damage("it ends inside the map of a sparse member", offset)
             more = block[504]
-        return place
+        return offset
 
-    def find_next(self, place: int) -> int | None:
-        """Return where another tar begins behind the end mark at `place`; None if none does.
+    def find_next(self, offset: int) -> int | None:
+        """Return where another tar begins behind the end mark at `offset`; None if none does.
 
         Raises:
             TarFault: there is something else, or there are more zeros than end a tar.
         """
-        at, zeros = place, True
+        at, zeros = offset, True
         while at < self.stop and zeros:
             block = self._read(at, min(_LARGEST, self.stop - at))
             zeros = not block.strip(b"\0")
@@ -244,19 +244,19 @@ class _TarWindow:
             if not block:
                 break
         if zeros:
-            if at - place > _MOST_PADDING:
-                what = f"{at - place:,} bytes of zeros at its end, as of an unfinished download"
-                raise self.damage(what, place)
+            if at - offset > _MOST_PADDING:
+                what = f"{at - offset:,} bytes of zeros at its end, as of an unfinished download"
+                raise self.damage(what, offset)
             return None
         at -= (at - self._start) % BLOCK
         header = self._read(at, BLOCK)
         if len(header) < BLOCK or not _is_checksum_right(header):
-            if at - place == BLOCK:
-                raise self.damage(f"a header of zeros at byte {place:,}", place)
+            if at - offset == BLOCK:
+                raise self.damage(f"a header of zeros at byte {offset:,}", offset)
             raise self.damage(f"other data after its end mark, at byte {at:,}", at)
         return at
 
-    def number(self, field: bytes, place: int, base: int = 8) -> int:
+    def number(self, field: bytes, offset: int, base: int = 8) -> int:
         """Return a size: octal or, of 8 GiB and more, binary (decimal in pax records)."""
         try:
             if base == 8 and field[0] == 0x80:
@@ -266,10 +266,10 @@ class _TarWindow:
         except ValueError:
             size = -1
         if size < 0:
-            raise self.damage(f"a header without a valid size at byte {place:,}", place)
+            raise self.damage(f"a header without a valid size at byte {offset:,}", offset)
         return size
 
-    def records(self, content: bytes, place: int) -> dict[bytes, bytes]:
+    def records(self, content: bytes, offset: int) -> dict[bytes, bytes]:
         """Return path and size from a pax header."""
         found, at = {}, 0
         while at < len(content) and content[at]:
@@ -277,7 +277,7 @@ class _TarWindow:
             length = content[at:space] if space > 0 else b""
             end = at + int(length) if length.isdigit() else 0
             if not at < space < end <= len(content) or content[end - 1] != 0x0A:
-                raise self.damage(f"a damaged extension header at byte {place:,}", place)
+                raise self.damage(f"a damaged extension header at byte {offset:,}", offset)
             key, _, value = content[space + 1 : end - 1].partition(b"=")
             if key == b"path":
                 found[key] = value.rstrip(b"/")
@@ -285,59 +285,59 @@ class _TarWindow:
                 found[key] = value
             elif key.startswith(_SPARSE):
                 if not self._lenient:
-                    raise self.damage(f"a sparse member at byte {place:,}", place)
+                    raise self.damage(f"a sparse member at byte {offset:,}", offset)
                 found |= {_SPARSE: b""} | ({key: value} if key == _SPARSE_NAME else {})
             at = end
         return found
 
-    def damage(self, what: str, place: int, cut: Member | None = None) -> TarFault:
-        """Return an error for the tar, which is damaged at `place`."""
-        return TarFault(self._name, place, what, self.stop - place, cut)
+    def damage(self, what: str, offset: int, cut: Member | None = None) -> TarFault:
+        """Return an error for the tar, which is damaged at `offset`."""
+        return TarFault(self._name, offset, what, self.stop - offset, cut)
 
-    def _header_error(self, header: bytes, place: int, what: str) -> TarFault:
-        if place == self._start and (foreign := describe_foreign(header)):
+    def _header_error(self, header: bytes, offset: int, what: str) -> TarFault:
+        if offset == self._start and (foreign := describe_foreign(header)):
             what = f"it is {foreign}"
-        return self.damage(what, place)
+        return self.damage(what, offset)
 
-    def _check_end(self, place: int) -> None:
+    def _check_end(self, offset: int) -> None:
         """Raise if another tar follows: its members would be lost."""
-        rest = self._read(place, _NEAR)
+        rest = self._read(offset, _NEAR)
         at = len(rest) - len(rest.lstrip(b"\0"))
         header = rest[at // BLOCK * BLOCK :][:BLOCK]
         if header[257:262] == b"ustar":
-            raise self.damage(f"it goes on after its end mark, at byte {place + at:,}", place)
+            raise self.damage(f"it goes on after its end mark, at byte {offset + at:,}", offset)
 
-    def _read(self, place: int, size: int) -> bytes:
-        """Return `size` bytes at `place`, fewer where the tar ends."""
-        at = place - self._base
+    def _read(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes at `offset`, fewer where the tar ends."""
+        at = offset - self._base
         if at < 0 or at + size > len(self._block):
             near = 0 <= at <= len(self._block) + _NEAR
             self._length = min(2 * self._length, _LARGEST) if near else _SMALLEST
-            length = max(0, min(max(size, self._length), self.stop - place))
+            length = max(0, min(max(size, self._length), self.stop - offset))
             try:
-                self._fill(place, length)
+                self._fill(offset, length)
             except OSError as error:
                 if not self._lenient or error.errno not in MEDIUM_ERRORS:
                     raise
-                self._fill_exactly(place, size)
+                self._fill_exactly(offset, size)
             at = 0
         return self._block[at : at + size]
 
-    def _fill(self, place: int, length: int) -> None:
-        self._block, self._base = b"", place
-        self._file.seek(place)
+    def _fill(self, offset: int, length: int) -> None:
+        self._block, self._base = b"", offset
+        self._file.seek(offset)
         while more := self._file.read(length - len(self._block)):
             self._block += more
 
-    def _fill_exactly(self, place: int, size: int) -> None:
+    def _fill_exactly(self, offset: int, size: int) -> None:
         """Read no more than is asked for, where the disk fails to read what follows."""
         self._length = _SMALLEST
         try:
-            self._fill(place, min(size, self.stop - place))
+            self._fill(offset, min(size, self.stop - offset))
         except OSError as error:
             if error.errno not in MEDIUM_ERRORS:
                 raise
-            raise self.damage(f"{error.strerror} at byte {place:,}", place) from error
+            raise self.damage(f"{error.strerror} at byte {offset:,}", offset) from error
 
 
 def _is_checksum_right(header: bytes) -> bool:

@@ -66,7 +66,7 @@ class SealedVersion(NamedTuple):
 
 
 class WithdrawnSample(NamedTuple):
-    """Place and content of an image that was withdrawn."""
+    """Offset, size and content of an image that was withdrawn."""
 
     offset: int
     """First byte of the image in its shard, as in the index."""
@@ -159,8 +159,8 @@ def list_versions(read: Read, where: str) -> Iterator[SealedVersion]:
     for number in range(found.number - 1, 0, -1):
         parent, found = found.manifest.parent, read_version(read, number, where)
         if found.identity != parent:
-            place = f"{where}/{version_folder(number)}/{NAME}"
-            raise DamagedFile(place, f"it is not the one that version {number + 1} was made from")
+            path = f"{where}/{version_folder(number)}/{NAME}"
+            raise DamagedFile(path, f"it is not the one that version {number + 1} was made from")
         yield found
 
 
@@ -193,8 +193,8 @@ def locate_version(folder: Path, wanted: Version) -> Path:
         return folder
     root = find_root(folder)
     found = find_version(read_local(root), wanted, str(root))
-    place = root / version_folder(found.number)
-    return place if (place / NAME).is_file() else root
+    own = root / version_folder(found.number)
+    return own if (own / NAME).is_file() else root
 
 
 def load_withdrawn(folder: Path, newest: Manifest) -> Withdrawn:
@@ -268,8 +268,8 @@ def find_withdrawn(
     ]
     if not wanted:
         return np.zeros(0, np.int64)
-    places = rows["shard"].astype(np.uint64) << np.uint64(_SHARD_BITS) | rows["offset"]
-    return np.flatnonzero(np.isin(places, np.array(wanted, np.uint64)))
+    found = rows["shard"].astype(np.uint64) << np.uint64(_SHARD_BITS) | rows["offset"]
+    return np.flatnonzero(np.isin(found, np.array(wanted, np.uint64)))
 
 
 def _check_count(value: object) -> int:

@@ -266,8 +266,8 @@ def _open_list(data: str, dataset: Dataset, manifest: Manifest, name: str) -> It
             raise Mismatch("SHA-256 differs from the manifest")
 
     with tempfile.TemporaryDirectory(prefix="duet-") as folder:
-        place = f"{data.rstrip('/')}/{manifest.tables_in}"
-        yield Store(place).fetch(
+        address = f"{data.rstrip('/')}/{manifest.tables_in}"
+        yield Store(address).fetch(
             name, Path(folder), check, limit=LARGEST_LIST, stop=threading.Event()
         )
 

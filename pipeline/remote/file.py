@@ -57,7 +57,7 @@ class RemoteFile(io.RawIOBase):
         """Offset and bytes of the last two blocks: readers go a little back and forth."""
         self._next: tuple[int, int, BackgroundCall[bytes]] | None = None
         """Begin and end of the block that is read ahead, and its request."""
-        self._place, self._length = 0, SMALLEST // 2
+        self._offset, self._length = 0, SMALLEST // 2
         self._whole: IO[bytes] | None = None
         size = self._retry(self._request_size)
         if size is None:
@@ -76,13 +76,13 @@ class RemoteFile(io.RawIOBase):
 
     def tell(self) -> int:
         """Return the offset of the next read in bytes."""
-        return self._place
+        return self._offset
 
-    def seek(self, place: int, whence: int = io.SEEK_SET) -> int:
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Set the offset of the next read; nothing is requested."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.size}[whence]
-        self._place = max(0, base + place)
-        return self._place
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._offset, io.SEEK_END: self.size}[whence]
+        self._offset = max(0, base + offset)
+        return self._offset
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer, less of it only at the end of the file; return the number of bytes."""
@@ -97,13 +97,13 @@ class RemoteFile(io.RawIOBase):
         Raises:
             Unreachable: the store did not give them, after all tries.
         """
-        left = max(0, self.size - self._place)
-        end = self._place + (left if count is None or count < 0 else min(count, left))
+        left = max(0, self.size - self._offset)
+        end = self._offset + (left if count is None or count < 0 else min(count, left))
         parts = []
-        while self._place < end:
-            base, block = self._block(self._place, end - self._place)
-            parts.append(block[self._place - base : end - base])
-            self._place += len(parts[-1])
+        while self._offset < end:
+            base, block = self._block(self._offset, end - self._offset)
+            parts.append(block[self._offset - base : end - base])
+            self._offset += len(parts[-1])
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def close(self) -> None:
@@ -114,34 +114,34 @@ class RemoteFile(io.RawIOBase):
             self._whole.close()
         super().close()
 
-    def _block(self, place: int, count: int) -> tuple[int, bytes]:
-        """Return offset and bytes of a block that holds at least the byte at `place`."""
+    def _block(self, offset: int, count: int) -> tuple[int, bytes]:
+        """Return offset and bytes of a block that holds at least the byte at `offset`."""
         if self._whole is not None:
-            self._whole.seek(place)
-            return place, self._whole.read(count)
+            self._whole.seek(offset)
+            return offset, self._whole.read(count)
         for base, block in reversed(self._blocks):
-            if base <= place < base + len(block):
+            if base <= offset < base + len(block):
                 return base, block
         last = self._blocks[-1][0] + len(self._blocks[-1][1]) if self._blocks else 0
-        if 0 <= place - last <= NEAR:
+        if 0 <= offset - last <= NEAR:
             self._length = min(2 * self._length, LARGEST)
-            found = self._read_forward(place, last)
+            found = self._read_forward(offset, last)
         else:
             self._length, self._next = SMALLEST // 2, None
-            found = place, self._get(place, min(place + max(count, SMALLEST), self.size))
+            found = offset, self._get(offset, min(offset + max(count, SMALLEST), self.size))
         self._blocks = [*self._blocks[-1:], found]
         return found
 
-    def _read_forward(self, place: int, last: int) -> tuple[int, bytes]:
+    def _read_forward(self, offset: int, last: int) -> tuple[int, bytes]:
         """Return the block after the last one, and request the next."""
         found = None
         if self._next is not None:
             start, end, call = self._next
-            if start <= place < end:
+            if start <= offset < end:
                 with contextlib.suppress(Exception):  # a failed read-ahead is retried below
                     found = start, call.result(self._policy.request_timeout())
         if found is None:
-            start = last if place - last < self._length else place
+            start = last if offset - last < self._length else offset
             found = start, self._get(start, min(start + self._length, self.size))
         start = found[0] + len(found[1])
         end = min(start + min(2 * self._length, LARGEST), self.size)

@@ -54,7 +54,10 @@ class ByteRange(NamedTuple):
 
 
 class Target(Protocol):
-    """A place for a data set. Pickled to workers; many may write different files at a time."""
+    """A folder or an address for a data set, pickled to workers.
+
+    Many may write different files at a time.
+    """
 
     @property
     def address(self) -> str:

@@ -274,12 +274,12 @@ def _escape_existing(name: str, exists: Callable[[str], bool]) -> str | None:
         None if nothing in it is a pattern.
     """
     host = re.match(r"[^/]*://[^/]*/?", name)
-    place = host[0] if host else ""
-    parts, is_pattern = [place], False
-    for part in re.split("(/)", name[len(place) :]):
-        place += part
+    path = host[0] if host else ""
+    parts, is_pattern = [path], False
+    for part in re.split("(/)", name[len(path) :]):
+        path += part
         if any(mark in part for mark in "*?["):
-            is_pattern = is_pattern or not exists(place)
+            is_pattern = is_pattern or not exists(path)
             part = part if is_pattern else glob.escape(part)
         parts.append(part)
     return "".join(parts) if is_pattern else None

@@ -103,8 +103,8 @@ class ListedFolder(NamedTuple):
 
     def enter(self, name: str) -> ListedFolder:
         """Return a folder in this one."""
-        places = (join_name(place, name) for place in (self.address, self.path))
-        return ListedFolder(self.client, *places)
+        names = (join_name(folder, name) for folder in (self.address, self.path))
+        return ListedFolder(self.client, *names)
 
     def walk(self) -> Iterator[StoreFolderPart]:
         """Yield the folders in this one before itself, each once, in the order of their names."""

@@ -88,7 +88,7 @@ INSIDE = {
     "review of rates": (RateControl, "review", 5),
     "checkpoint": (CheckpointManager, "begin", 1),
 }
-"""What step 5 does after its update, and the number of the call."""
+"""Work of step 5 after its update, and the number of the call."""
 
 
 @contextmanager

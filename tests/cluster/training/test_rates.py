@@ -90,7 +90,7 @@ def test_warm_up_rises_to_the_schedule_and_poly_falls_to_nothing(tmp_path: Path)
 
 
 def test_a_warm_up_begins_at_its_rate_however_lr_is_scaled() -> None:
-    """As Goyal et al. have it: from the rate of the small batch to that of the large one."""
+    """It goes from the rate of a small batch to that of the large one, as in Goyal et al."""
     settings = {"rate_scaling": "linear", "batch_size": 1024, "warmup": 64.0, "warmup_lr": 0.01}
     made = recipe(schedule="manual", **settings)  # of 80 images: 5 steps
     assert made.compute([]).weights == pytest.approx(0.08)
