@@ -15,7 +15,6 @@ examples/classify.py runs any design, ablations too.
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from cluster.config import Config, read_run_config
 from cluster.run.console import print_warning
 from cluster.run.folder import CONFIG
 from model.alexnet import AlexNet
-from model.architecture import Design
+from model.architecture import Design, build_stages
 from model.norm import BatchNorm
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
@@ -84,13 +83,14 @@ def merge_columns(config: Config, found: Checkpoint) -> dict[str, Tensor]:
     net = AlexNet(columns=tuple(range(design.columns)), classes=classes, design=design)
     load_checkpoint(found.path, net)
     tensors = {name: p.detach().contiguous() for name, p in net.named_parameters()}
-    layers = design.layers()
+    layers = design.rows()
     for name in ("weight", "bias"):  # an odd number of classes is made even
         last = f"{layers[-1].name}.{name}"
         tensors[last] = tensors[last][:classes].contiguous()
-    for before, layer in itertools.pairwise(layers):
-        if "dropout" in before.then:
-            tensors[f"{layer.name}.weight"] = tensors[f"{layer.name}.weight"] * 0.5
+    for stage in net.stages:
+        if stage.source >= 0 and "dropout" in layers[stage.source].then:
+            key = f"{stage.layer.name}.weight"
+            tensors[key] = tensors[key] * 0.5
     for name, module in net.named_modules():
         if isinstance(module, BatchNorm):
             layer_name = name.partition(".")[0]
@@ -151,18 +151,26 @@ def list_layers(design: Design) -> list[list[object]]:
     `how` are arguments of `torch.nn.functional.conv2d`, none for a fully connected layer. A layer
     without a stride is no convolution: {"groups": 2} is a fully connected one of two columns that
     read their own units, {"local": padding, "groups": columns} a locally connected one. `then` are
-    the operations that follow, each with its arguments: ["relu"], ["tanh"], ["norm", columns], or
-    ["norm", columns, size, alpha, beta, k] with other constants than the paper's, ["multiply",
-    factor], ["spatial_norm"], ["lcn", columns], ["scale", layer], ["pool", side, stride] and
-    ["mean_pool", side, stride]. Dropout is not among them: it is in the weights.
+    the operations that follow, each with its arguments: ["relu"], ["tanh"], ["sigmoid"], ["norm",
+    columns], or ["norm", columns, size, alpha, beta, k] with other constants than the paper's,
+    ["multiply", factor], ["spatial_norm"], ["lcn", columns], ["scale", layer], ["pool", side,
+    stride] and ["mean_pool", side, stride]. Dropout is not among them: it is in the weights.
+
+    Raises:
+        UsageError: the layers are no chain.
     """
-    pool = [*design.pool_window]
     constants = [design.lrn_size, design.lrn_alpha, design.lrn_beta, design.lrn_k]
     plain = [Design.lrn_size, Design.lrn_alpha, Design.lrn_beta, Design.lrn_k]
     norm = [1 if design.lrn_across else design.columns, *(constants if constants != plain else ())]
     names = {"batch_norm": "scale", "scale": "multiply"}
     found: list[list[object]] = []
-    for layer in design.layers():
+    for index, stage in enumerate(build_stages(design=design)):
+        layer, pool = stage.layer, [*stage.window]
+        if stage.source != index - 1 or stage.added:
+            raise UsageError(
+                f"{layer.name} reads or adds other layers than the one before it, and a file of "
+                "weights is of a chain; the checkpoints have them all"
+            )
         arguments: dict[str, list[Any]] = {
             "norm": norm, "lcn": [design.columns], "pool": pool, "mean_pool": pool,
             "batch_norm": [layer.name], "scale": [design.lrn_k**-design.lrn_beta],
@@ -174,9 +182,9 @@ def list_layers(design: Design) -> list[list[object]]:
         ]
         groups = design.columns if layer.reads == "own" else 1
         how = {"stride": layer.stride, "padding": layer.pad, "groups": groups}
-        if layer.is_local:
+        if layer.kind == "local":
             how = {"local": layer.pad, "groups": groups}
-        elif not layer.kernel:
+        elif layer.kind == "fc":
             how = {"groups": groups} if groups > 1 else {}
         found.append([layer.name, how, then])
     return found
@@ -184,7 +192,7 @@ def list_layers(design: Design) -> list[list[object]]:
 
 def list_image_steps(design: Design) -> list[object]:
     """Return the operation on the image: ["edge", zeros right and below], or ["shrink", side]."""
-    layer = design.layers()[0]
+    layer = design.rows()[0]
     return ["shrink", layer.shrink] if layer.shrink > 1 else ["edge", layer.edge]
 
 

@@ -159,7 +159,7 @@ def choose_config(options: ImportOptions, file: WeightFile) -> Config:
 def arrange_layers(file: WeightFile, design: Design) -> WeightFile:
     """Return the file with its layers in the network's order, if they have the network's names."""
     layers = {layer.name: layer for layer in file.layers}
-    names = [row.name for row in design.layers()]
+    names = [row.name for row in design.rows()]
     if set(names) != set(layers) or file.has_operations:
         return file
     return replace(file, layers=tuple(layers[name] for name in names))
@@ -174,7 +174,7 @@ def check_layers(file: WeightFile, design: Design) -> None:
     classes = max(2, len(file.layers[-1].bias))
     with torch.device("meta"):
         net = AlexNet(classes=classes, design=design, initializes=False)
-    rows = design.layers()
+    rows = design.rows()
     for number, (layer, row) in enumerate(zip(file.layers, rows, strict=False), 1):
         called = f"its layer {number}, {layer.name},"
         for part, array in (("weight", layer.weight), ("bias", layer.bias)):
@@ -251,7 +251,7 @@ def fold_constants(
     found: Layers = {}
     after = 1.0
     """Factor on the weights of the next layer."""
-    for layer, row in zip(file.layers, design.layers(), strict=True):
+    for layer, row in zip(file.layers, design.rows(), strict=True):
         weight, bias = layer.weight.astype(np.float64) * after, layer.bias.astype(np.float64)
         after = 1.0
         if not found:

@@ -23,7 +23,15 @@ from cluster.checkpoint.format import choose_checkpoint, read_newest_table
 from cluster.checkpoint.loader import identify_run, resolve_init
 from cluster.checkpoint.storage import claim_store, find_last_step, open_storage
 from cluster.cli.options import TrainOptions
-from cluster.config import DESIGN_TYPES, LENGTH, TYPES, Config, fit_images, load_settings
+from cluster.config import (
+    DESIGN_TYPES,
+    LENGTH,
+    TYPES,
+    Config,
+    fit_images,
+    load_network,
+    load_settings,
+)
 from cluster.launch.session import is_attached, ray_session, refuse_relative
 from cluster.run.console import RunConsole
 from cluster.run.folder import (
@@ -99,6 +107,9 @@ def parse_command(argv: Sequence[str]) -> TrainOptions:
     user = list(argv)
     first = _parse(user)
     table = load_settings(first.config)
+    if first.layers is not None:
+        table = {key: value for key, value in table.items() if key not in DESIGN_TYPES}
+        table |= load_network(first.layers)
     if first.tuning is not None:
         table |= load_settings(first.tuning)
     given = {word.split("=")[0] for word in user}
@@ -108,7 +119,8 @@ def parse_command(argv: Sequence[str]) -> TrainOptions:
     try:
         settings = Config.from_settings(raw.settings.to_settings())
     except ValueError as error:
-        raise UsageError(f"{error} ({raw.config} and the flags given)") from error
+        files = raw.config if raw.layers is None else f"{raw.config}, {raw.layers}"
+        raise UsageError(f"{error} ({files} and the flags given)") from error
     return replace(raw, settings=settings, words=tuple(user))
 
 

@@ -35,6 +35,7 @@ def contrast(x, columns):
 follow = {
     "relu": torch.relu,
     "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
     "pool": lambda x, side, stride: F.max_pool2d(x, side, stride, ceil_mode=True),
     "norm": lambda x, n, size=5, alpha=1e-4, beta=0.75, k=2.0: F.local_response_norm(
         # each of n columns by itself

@@ -90,6 +90,11 @@ class AlexNet(nn.Module):
         self._position: Tensor
         self.register_buffer("_position", torch.zeros((), dtype=torch.int64), persistent=False)
         self._has_position = False
+        self._kept = {
+            source
+            for index, stage in enumerate(self.stages)
+            for source in (*stage.added, *({stage.source} - {index - 1}))
+        }
         self._following = {s.layer.name: group_operations(s.layer.then) for s in self.stages}
         for stage in self.stages:
             self.add_module(stage.layer.name, self._make_module(stage))
@@ -127,20 +132,21 @@ class AlexNet(nn.Module):
         inputs, maps = stage.inputs, columns * stage.outputs
         build = nn.utils.skip_init
         module: Any  # torch annotates no memory_format of Module.to
-        if not layer.kernel:
+        if layer.kind == "fc":
             module = build(nn.Linear, inputs, maps)
             if layer.reads == "own" and columns == 2:
                 module = build(ColumnLinear, inputs, maps)
-        elif layer.is_local:
+        elif layer.kind == "local":
             module = build(LocalConv, inputs, maps, layer.kernel, stage.input_size, columns)
-        elif layer.reads == "picture" and layer.pad:
-            module = build(ShrunkConv, inputs, maps, layer.kernel, layer.pad, layer.shrink)
+        elif layer.reads == "picture" and (layer.pad or layer.shrink > 1):
+            sizes = layer.kernel, layer.stride, layer.pad
+            module = build(ShrunkConv, inputs, maps, *sizes, layer.shrink)
         elif layer.reads == "picture":
             module = build(ImageConv, inputs, maps, layer.kernel, layer.stride, layer.edge)
         else:
             groups = columns if layer.reads == "own" else 1
-            sizes = groups * inputs, maps, layer.kernel, layer.stride, layer.pad
-            module = build(nn.Conv2d, *sizes, groups=groups)
+            sizes = layer.kernel, layer.stride, layer.pad
+            module = build(nn.Conv2d, groups * inputs, maps, *sizes, groups=groups)
         if "batch_norm" in layer.then:
             module.add_module(NORM, BatchNorm(maps))
         if "dropout" in layer.then:
@@ -208,30 +214,36 @@ class AlexNet(nn.Module):
             watch: called with (layer, tensor) for the output of each layer, before any dropout:
                 float [b, maps, h, w] or [b, units] of the columns in this process.
         """
-        x = images
-        for stage in self.stages:
+        x, outputs = images, {-1: images}
+        for index, stage in enumerate(self.stages):
             layer = stage.layer
-            if not layer.kernel:
-                x = x.flatten(1)
+            if stage.source != index - 1:
+                x = outputs[stage.source]
+            x = x.flatten(1) if layer.kind == "fc" else x
             module = self.get_submodule(layer.name)
             if layer.reads == "both" and self.exchange is not None:
                 x = self.exchange.apply_layer(module, x, layer.name)
             else:
                 x = module(x)
+            x = sum((outputs[source] for source in stage.added), x)
             for operations in self._following[layer.name]:
-                x = self._compute(operations, x, module)
+                x = self._compute(operations, x, module, stage)
             if watch is not None:
                 watch(layer.name, x)
             if "dropout" in layer.then:
                 x = self._drop(x, module)
+            if index in self._kept:
+                outputs[index] = x
         if self.exchange is not None:
             x = self.exchange.gather_replicated(x, "logits")
         return x[:, : self.classes]
 
-    def _compute(self, operations: tuple[str, ...], x: Tensor, module: nn.Module) -> Tensor:
+    def _compute(
+        self, operations: tuple[str, ...], x: Tensor, module: nn.Module, stage: Stage
+    ) -> Tensor:
         """Compute one group of the operations that follow a layer."""
         columns, relu = len(self.columns), "relu" in operations
-        window, stride = self.design.pool_window
+        window, stride = stage.window
         if "pool" in operations:
             norm = "norm" in operations
             columns = self._norm_columns
@@ -251,6 +263,8 @@ class AlexNet(nn.Module):
                 return F.avg_pool2d(x, window, stride, ceil_mode=True)
             case "tanh":
                 return torch.tanh(x)
+            case "sigmoid":
+                return torch.sigmoid(x)
             case _:
                 return F.relu(x)
 

@@ -1,4 +1,4 @@
-"""The table of layers: the network of the paper, and the networks it was compared with."""
+"""The settings of the network: the paper's, those it was compared with, and tables of one's own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+import tyro
+
+from model.layer_table import (
+    CONV6,
+    LAYERS,
+    POOLS,
+    TABLES,
+    Layer,
+    Net,
+    format_layer,
+    parse_layers,
+    parse_window,
+)
 
 COLUMN_NAMES = "ab"
 IMAGE_MAPS = 3
@@ -19,87 +33,16 @@ CAFFE_IMAGE: Literal[227] = 227
 """Side of the images of Caffe's copy of the network, in pixels: 55 windows of conv1 with no zeros
 beside them."""
 
-Net = Literal["paper", "four", "local11", "local13"]
 Norm = Literal["lrn", "scale", "spatial", "lcn", "batch", "none"]
 Pool = Literal["3/2", "2/2"]
-Activation = Literal["relu", "tanh"]
-Without = Literal["none", "conv3", "conv4", "conv5"]
+Activation = Literal["relu", "tanh", "sigmoid"]
+Without = Literal["none", "conv3", "conv4", "conv5", "fc6", "fc7", "dense"]
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A row of the table of layers; counts are for ONE column, at width 1."""
-
-    name: str
-    maps: int | None
-    """Output maps or units; None: the classes of a column (with two columns half, rounded up)."""
-    kernel: int = 0
-    """Side of the filter in pixels; 0: fully connected."""
-    is_local: bool = False
-    """True: locally connected, a convolution with filters and biases of its own at each pixel."""
-    stride: int = 1
-    pad: int = 0
-    reads: str = "own"
-    """Input of the weights: "own" column's maps, "both" columns', or the image ("picture")."""
-    edge: int = 0
-    """Zeros added on the right and at the bottom of the image: see `model.layers.ImageConv`."""
-    shrink: int = 1
-    """Side of the squares of pixels whose means the layer reads; 1: it reads the pixels."""
-    deviation: float = 0.01
-    bias: float = 0.0
-    then: tuple[str, ...] = ("relu",)
-    """Operations after the weights, in order: relu or tanh; norm (local response), scale (by a
-    constant), spatial_norm, lcn or batch_norm; pool (maximum) or mean_pool; dropout."""
-
-
-# Sizes: paper section 3.5. Order of relu and norm: paper section 3.3. Initial values: the original
-# source (layers-145.cfg), which has .03 in conv3 to conv5 where the paper prints .01; with .01 the
-# image hardly affects the output of the fresh network.
-LAYERS = (
-    Layer("conv1", 48, 11, stride=4, reads="picture", edge=3, then=("relu", "norm", "pool")),
-    Layer("conv2", 128, kernel=5, pad=2, bias=1.0, then=("relu", "norm", "pool")),
-    Layer("conv3", 192, kernel=3, pad=1, reads="both", deviation=0.03),
-    Layer("conv4", 192, kernel=3, pad=1, deviation=0.03, bias=1.0),
-    Layer("conv5", 128, kernel=3, pad=1, deviation=0.03, bias=1.0, then=("relu", "pool")),
-    Layer("fc6", 2048, reads="both", bias=1.0, then=("relu", "dropout")),
-    Layer("fc7", 2048, reads="both", bias=1.0, then=("relu", "dropout")),
-    Layer("fc8", None, reads="both", then=()),
-)
-# The sixth convolution of the pre-trained networks (layers-146-2012-2011.cfg): over the last
-# pooling, with the initial values of the layers before it.
-CONV6 = Layer("conv6", 128, kernel=3, pad=1, reads="both", deviation=0.03, bias=1.0)
 MIDDLE = ("conv3", "conv4", "conv5", "conv6")
 """Layers whose initial deviation is the setting `middle_std`."""
-
-# The four-layer network of figure 1: layers-18pct.cfg (with norm = "none": layers-19pct.cfg), whose
-# 32, 32 and 64 maps are two columns' here. It was made for images of 32x32 pixels, which it reads
-# where they are stored so. The means of squares of 8x8 take a crop of 224 out of 256 to what it was
-# in such an image, 28x28.
-FOUR = (
-    Layer("conv1", 16, 5, pad=2, reads="picture", shrink=8, deviation=1e-4,
-          then=("pool", "relu", "norm")),
-    Layer("conv2", 16, kernel=5, pad=2, then=("relu", "mean_pool", "norm")),
-    Layer("conv3", 32, kernel=5, pad=2, reads="both", then=("relu", "mean_pool")),
-    Layer("fc4", None, reads="both", then=()),
-)  # fmt: skip
-# The networks of CIFAR-10 with locally connected layers, whose 64, 64, 64 and 32 maps are two
-# columns' here: cuda-convnet2's layers-cifar10-11pct.cfg, and, with 32 maps in local3 and norm =
-# "none", layers-conv-local-13pct.cfg of the release. As `FOUR`, they read images of 32x32.
-LOCAL = (
-    Layer("conv1", 32, 5, pad=2, reads="picture", shrink=8, deviation=1e-4,
-          then=("relu", "pool", "norm")),
-    Layer("conv2", 32, kernel=5, pad=2, then=("relu", "norm", "pool")),
-    Layer("local3", 32, kernel=3, pad=1, is_local=True, deviation=0.04),
-    Layer("local4", 16, kernel=3, pad=1, is_local=True, deviation=0.04),
-    Layer("fc5", None, reads="both", then=()),
-)  # fmt: skip
-TABLES: Mapping[Net, tuple[Layer, ...]] = {
-    "paper": LAYERS,
-    "four": FOUR,
-    "local11": LOCAL,
-    "local13": (*LOCAL[:2], replace(LOCAL[2], maps=16), *LOCAL[3:]),
-}
-"""Rows of each network, for one of two columns."""
+DENSE = ("fc6", "fc7")
+"""Hidden layers that are fully connected."""
 SMALL_NETS = tuple(net for net in TABLES if net != "paper")
 """Networks for images of CIFAR-10."""
 WIDEST = 32
@@ -112,7 +55,6 @@ NORMS: Mapping[Norm, tuple[str, ...]] = {
 LARGEST_BOTTLENECK = 1_000_000
 LARGEST_WINDOW = 99
 """Largest window of the response normalization, in maps."""
-POOLS = ("pool", "mean_pool")
 
 _ACCEPTED: dict[Any, tuple[type, ...]] = {float: (float, int), int: (int,), bool: (bool,)}
 _WORDS = {float: "a number", int: "a whole number", bool: "true or false"}
@@ -135,6 +77,8 @@ class Design:
     """paper: eight layers; four: the network of figure 1, three convolutions of 5x5 and the output,
     on the image shrunk by 8, or on one of 32 pixels as it is; local11, local13: as four, with two
     convolutions and two locally connected layers (the release's 11 % and 13 % on CIFAR-10)."""
+    layers: Annotated[tuple[Layer, ...], tyro.conf.Suppress, tyro.conf.Fixed] = ()
+    """Table of layers of one's own in place of net's, for one of the columns."""
     image_size: Literal[224, 227, 32, 24] = 224
     """Side of the image that the network reads, in pixels. 227: as Caffe's copy does, with no zeros
     at the edge; 32 only with the networks other than paper, for which a training on stored images
@@ -168,10 +112,11 @@ class Design:
     """Side and stride of the max-pooling windows. 2/2 as in layers-147.cfg: conv2 padded by 1 and
     conv5 by 0, so that fc6 still reads 6x6."""
     activation: Activation = "relu"
-    """Function after each layer but the last: ReLU, or tanh as networks had before."""
+    """Function after each layer but the last: ReLU, or tanh or the logistic sigmoid as networks had
+    before."""
     without: Without = "none"
     """A layer left out. Without conv3, conv4 reads both columns; without conv5, conv4 has its 128
-    maps, so that fc6 stays as it is."""
+    maps, so that fc6 stays as it is. dense: without fc6 and fc7."""
     conv6: bool = False
     """Adds a sixth convolution over the last pooling, which reads both columns."""
     bottleneck: int = 0
@@ -208,12 +153,18 @@ class Design:
             )
         if self.columns == 1 and not self.communication:
             raise ValueError("communication is False; that goes with columns = 2")
+        if self.layers:
+            build_stages(2, self)
 
     def _check_type(self, name: str) -> None:
         """Refuse a value of another type than its setting's; a list of texts becomes a tuple."""
         value, kind = getattr(self, name), _design_types()[name]
-        if kind == tuple[str, ...]:
-            is_list = isinstance(value, list | tuple)
+        is_list = isinstance(value, list | tuple)
+        if kind == tuple[Layer, ...]:
+            if not is_list:
+                raise ValueError(f"{name} is {value!r:.40}; it takes a list of tables")
+            object.__setattr__(self, name, parse_layers(value) if value else ())
+        elif kind == tuple[str, ...]:
             if not is_list or not all(isinstance(one, str) for one in value):
                 raise ValueError(f"{name} is {value!r}; it takes a list of texts")
             object.__setattr__(self, name, tuple(value))
@@ -233,7 +184,7 @@ class Design:
             raise ValueError("lrn_k is 0; it must be above 0, or maps of zeros have no quotient")
         if not (1 <= self.lrn_size <= LARGEST_WINDOW and self.lrn_size % 2):
             raise ValueError(f"lrn_size is {self.lrn_size}; it is odd, from 1 to {LARGEST_WINDOW}")
-        second = self.layer_norms["conv2"]
+        second = self.layer_norms.get("conv2", "lrn")
         if self.spatial_norm and second != "lrn":
             raise ValueError(f"spatial_norm goes with norm = 'lrn'; conv2's norm is {second!r}")
         if self.lrn_across and self.columns == 1:
@@ -246,7 +197,7 @@ class Design:
         Raises:
             ValueError: an entry of `norm_layers` that names no convolution, or no normalization.
         """
-        rows = [row for row in self._select_rows() if row.kernel and not row.is_local]
+        rows = [row for row in self._select_rows() if row.kind == "conv" or "norm" in row.then]
         norms: dict[str, Norm] = {
             row.name: self.norm if "norm" in row.then else "none" for row in rows
         }
@@ -273,30 +224,31 @@ class Design:
     @property
     def has_batch_norm(self) -> bool:
         """True if a layer is normalized over the batch."""
-        return "batch" in self.layer_norms.values()
+        return any("batch_norm" in row.then for row in self.rows())
 
     @property
     def is_cut_by_columns(self) -> bool:
         """False if a normalization reads maps of both columns, so that no process has just one."""
-        return not (self.lrn_across and "lrn" in self.layer_norms.values())
+        return not (self.lrn_across and any("norm" in row.then for row in self.rows()))
 
     def _check_small_net(self) -> None:
-        """Refuse settings of the other network; the `ValueError` names one."""
-        if self.net == "paper":
+        """Refuse settings of the paper's network with another; the `ValueError` names one."""
+        if self.net == "paper" and not self.layers:
             if self.image_size in (SMALL_IMAGE, SMALL_CROP):
                 raise ValueError(
                     f"image_size is {self.image_size}; that goes with net = {', '.join(SMALL_NETS)}"
                 )
             return
-        if self.image_size == CAFFE_IMAGE:
+        if self.image_size == CAFFE_IMAGE and not self.layers:
             raise ValueError(f"image_size is {self.image_size}; that goes with net = 'paper'")
+        other = "layers" if self.layers else f"net = {self.net!r}"
         for name in (
-            "relu_first", "spatial_norm", "pool", "without", "conv6", "bottleneck",
-            "communication", "middle_std",
+            *(("net",) if self.layers else ()), "relu_first", "spatial_norm", "pool", "without",
+            "conv6", "bottleneck", "communication", "middle_std",
         ):  # fmt: skip
             value, plain = getattr(self, name), getattr(Design, name)
             if value != plain:
-                raise ValueError(f"{name} is {value!r}; with net = {self.net!r} it stays {plain!r}")
+                raise ValueError(f"{name} is {value!r}; with {other} it stays {plain!r}")
 
     @staticmethod
     def from_settings(settings: Mapping[str, Any]) -> Design:
@@ -304,14 +256,21 @@ class Design:
         names = {field.name for field in fields(Design)}
         return Design(**{key: value for key, value in settings.items() if key in names})
 
+    def to_settings(self) -> dict[str, Any]:
+        """The settings as `from_settings` takes them: plain values, rows as in a file."""
+        rows = (format_layer(row) if isinstance(row, Layer) else row for row in self.layers)
+        return vars(self) | {"layers": tuple(rows)}
+
     @property
     def pool_window(self) -> tuple[int, int]:
         """Side and stride of the pooling windows in pixels."""
-        return (3, 2) if self.pool == "3/2" else (2, 2)
+        return parse_window(self.pool)
 
-    def layers(self) -> tuple[Layer, ...]:
+    def rows(self) -> tuple[Layer, ...]:
         """The rows of this network's table, from the image to the logits."""
         rows = [self._choose_operations(row) for row in self._join_columns(self._select_rows())]
+        if self.layers:
+            return tuple(rows)
         if self.image_size in (SMALL_IMAGE, SMALL_CROP):
             rows = [replace(row, shrink=1) for row in rows]
         if self.image_size == CAFFE_IMAGE:
@@ -322,23 +281,26 @@ class Design:
         return tuple(rows)
 
     def _table(self) -> tuple[Layer, ...]:
-        return TABLES[self.net]
+        return self.layers or TABLES[self.net]
 
     def _select_rows(self) -> list[Layer]:
         """The table for two columns without the layers left out, and with conv6 if wanted."""
-        rows = {layer.name: layer for layer in self._table() if layer.name != self.without}
+        left_out = DENSE if self.without == "dense" else (self.without,)
+        rows = {layer.name: layer for layer in self._table() if layer.name not in left_out}
         if self.without == "conv3":
             rows["conv4"] = replace(rows["conv4"], reads="both")
         if self.without == "conv5":
             rows["conv4"] = replace(rows["conv4"], maps=128, then=LAYERS[4].then)
         selected = list(rows.values())
         if self.conv6:
-            selected.insert(-3, CONV6)
+            index = next(i for i, row in enumerate(selected) if row.kind == "fc")
+            selected.insert(index, CONV6)
         if self.bottleneck:
-            selected.insert(-1, Layer("bottleneck", self.bottleneck, reads="both", then=()))
+            row = Layer("bottleneck", self.bottleneck, kind="fc", reads="both", then=())
+            selected.insert(-1, row)
         if not self.communication:
             selected = [*map(self._isolate, selected[:-1]), selected[-1]]
-        if self.net == "paper":
+        if self.net == "paper" and not self.layers:
             selected = [
                 replace(row, deviation=self.middle_std) if row.name in MIDDLE else row
                 for row in selected
@@ -355,10 +317,13 @@ class Design:
         """The rows for a single column, if there is only one; it has twice the maps at the end."""
         if self.columns == 2:
             return rows
-        last = [row.name for row in rows if "pool" in row.then][-1]
-        doubled = {last, "conv6", "fc6", "fc7", "bottleneck"}
-        if self.net in SMALL_NETS:
+        if self.layers:
+            doubled = set()
+        elif self.net in SMALL_NETS:
             doubled = {row.name for row in rows}
+        else:
+            last = [row.name for row in rows if "pool" in row.then][-1]
+            doubled = {last, "conv6", "fc6", "fc7", "bottleneck"}
         return [
             replace(
                 row,
@@ -411,39 +376,84 @@ class Stage:
     """Side of the output maps in pixels before pooling; 1 for units."""
     final_size: int
     """Side after the pooling, if there is any, else as `output_size`."""
+    window: tuple[int, int]
+    """Side and stride of its pooling windows."""
+    source: int
+    """Index of the stage that it reads; -1: the image."""
+    added: tuple[int, ...]
+    """Indices of the stages whose outputs are added to its sums."""
 
 
 def build_stages(classes: int = 1000, design: Design | None = None) -> tuple[Stage, ...]:
     """The layers of a network for `classes` classes with their sizes; the paper's by default.
 
     Raises:
-        ValueError: fewer than 2 classes.
+        ValueError: fewer than 2 classes, or shapes that do not meet; names the layer.
     """
     design = design or Design()
     if classes < 2:
         raise ValueError(f"classes is {classes}; a classifier needs at least 2")
-    window, step = design.pool_window
-    found = []
-    maps: int = IMAGE_MAPS
-    size: int = design.image_size
-    for layer in design.layers():
-        inputs = maps * (2 if layer.reads == "both" else 1)
+    rows = design.rows()
+    places = {row.name: index for index, row in enumerate(rows)}
+    stages: list[Stage] = []
+    for index, layer in enumerate(rows):
+        source = -1 if layer.reads == "picture" else places.get(layer.input, index - 1)
         outputs = -(-classes // design.columns)
         if layer.maps is not None:
             outputs = round(layer.maps * design.width)
-        size //= layer.shrink
-        if layer.kernel:
-            output_size = (size + layer.edge + 2 * layer.pad - layer.kernel) // layer.stride + 1
+        maps, size = IMAGE_MAPS, design.image_size // layer.shrink
+        if source >= 0:
+            maps, size = stages[source].outputs, stages[source].final_size
+        inputs = maps * (2 if layer.reads == "both" else 1)
+        window = parse_window(layer.pool) if layer.pool else design.pool_window
+        added = tuple(places[name] for name in layer.adds)
+        if layer.kind == "fc":
+            sizes = inputs * size * size, outputs, 1, 1, 1
         else:
-            inputs, output_size = inputs * size * size, 1
-        final_size = output_size
-        if set(POOLS) & set(layer.then):  # rounded up, as in the original (layer.py): ceil_mode
-            final_size = -(-(output_size - window) // step) + 1
-        found.append(
-            Stage(layer, inputs, outputs, size if layer.kernel else 1, output_size, final_size)
+            sizes = inputs, outputs, size, *_measure(layer, size, window)
+        stages.append(Stage(layer, *sizes, window, source, added))
+        for other in added:
+            _check_sum(stages[-1], stages[other])
+    return tuple(stages)
+
+
+def _measure(layer: Layer, size: int, window: tuple[int, int]) -> tuple[int, int]:
+    """Sides of the maps of a layer before and after its pooling; those that it reads have `size`.
+
+    Raises:
+        ValueError: a filter or a window is larger than what it covers.
+    """
+    reach = size + layer.edge + 2 * layer.pad - layer.kernel
+    if reach < 0:
+        raise ValueError(
+            f"layers: {layer.name}: kernel is {layer.kernel}, and its input is {size}x{size} with "
+            f"pad {layer.pad}; take a smaller kernel, or less pooling or stride before it"
         )
-        maps, size = outputs, final_size
-    return tuple(found)
+    output_size = final_size = reach // layer.stride + 1
+    if set(POOLS) & set(layer.then):  # rounded up, as in the original (layer.py): ceil_mode
+        side, step = window
+        if side > output_size:
+            raise ValueError(
+                f"layers: {layer.name}: pool is {side}/{step}, and its maps are {output_size}x"
+                f"{output_size}; take smaller windows, or less pooling or stride before it"
+            )
+        final_size = -(-(output_size - side) // step) + 1
+    return output_size, final_size
+
+
+def _check_sum(stage: Stage, other: Stage) -> None:
+    """Refuse to add outputs of another shape to a layer's sums."""
+    own, there = (
+        f"{maps} maps of {size}x{size}"
+        for maps, size in (
+            (stage.outputs, stage.output_size), (other.outputs, other.final_size)
+        )
+    )  # fmt: skip
+    if own != there or (stage.layer.kind == "fc") != (other.layer.kind == "fc"):
+        raise ValueError(
+            f"layers: {stage.layer.name}: adds {other.layer.name}, which has {there}, and "
+            f"{stage.layer.name} itself {own}; they must be alike"
+        )
 
 
 def fit_design(design: Design, side: int | None) -> Design:
@@ -455,14 +465,17 @@ def fit_design(design: Design, side: int | None) -> Design:
     if design.net in SMALL_NETS and side == SMALL_IMAGE:
         is_cropped = design.image_size == SMALL_CROP
         return design if is_cropped else replace(design, image_size=SMALL_IMAGE)
-    if design.image_size in (SMALL_IMAGE, SMALL_CROP) or (
-        side is not None and side < design.image_size
-    ):
-        sizes = "32" if design.image_size == SMALL_CROP else "32 or 256"
+    is_small = design.image_size in (SMALL_IMAGE, SMALL_CROP)
+    if (is_small and side != SMALL_IMAGE) or (side is not None and side < design.image_size):
+        reader = "the table of layers" if design.layers else f"net = {design.net!r}"
+        sizes = "256, or train the preset four on 32x32"
+        if design.layers:
+            sizes = "32, or set image_size" if is_small else "256, or set image_size"
+        elif design.net in SMALL_NETS:
+            sizes = "32" if design.image_size == SMALL_CROP else "32 or 256"
         stored = f"images of {side}x{side}" if side else "images of many sizes"
         raise ValueError(
-            f"{stored}, and net = {design.net!r} reads {design.image_size}x{design.image_size}; "
-            "build it with --size "
-            + (sizes if design.net in SMALL_NETS else "256, or train the preset four on 32x32")
+            f"{stored}, and {reader} reads {design.image_size}x{design.image_size}; build it with "
+            f"--size {sizes}"
         )
     return design

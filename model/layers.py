@@ -88,6 +88,7 @@ class ShrunkConv(nn.Conv2d):
         inputs: maps of the image.
         maps: output maps.
         kernel: side of the filters, in squares.
+        stride: squares between filters.
         pad: zeros added on all sides, in squares.
         shrink: side of the squares, in pixels, 1 for the pixels themselves; what is left at the
             right and bottom is cut off.
@@ -98,11 +99,12 @@ class ShrunkConv(nn.Conv2d):
         inputs: int,
         maps: int,
         kernel: int,
+        stride: int,
         pad: int,
         shrink: int,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(inputs, maps, kernel, padding=pad, device=device)
+        super().__init__(inputs, maps, kernel, stride, padding=pad, device=device)
         self.shrink = shrink
 
     def forward(self, images: Tensor) -> Tensor:
@@ -217,11 +219,14 @@ class Dropout(nn.Module):
         """Units of training times their masks; at test time, half of every unit.
 
         Args:
-            x: float [b, columns * units].
+            x: float [b, columns * units], or maps [b, columns * maps, h, w].
             position: int64 scalar, as in `draw_dropout_mask`.
         """
         if not self.training:
             return x * 0.5
+        if x.dim() > 2:
+            layout = torch.channels_last
+            return self(x.flatten(1), position).view(x.shape).contiguous(memory_format=layout)
         if prepare_gpu_kernels(x) and not torch.compiler.is_compiling():
             return DropoutKernel.apply(x, position, self.keys)
         batch, units = x.shape

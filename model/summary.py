@@ -24,12 +24,13 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from model.architecture import COLUMN_NAMES, POOLS, Design, Stage, build_stages
+from model.architecture import COLUMN_NAMES, Design, Stage, build_stages
+from model.layer_table import POOLS
 
 FLOAT32_BYTES = 4
 CLASSES = 1000
 """Classes of ImageNet, where none are named."""
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 MIB = 2**20
 PRESETS = Path(__file__).resolve().parents[1] / "cluster" / "config" / "presets"
 
@@ -43,6 +44,10 @@ class ColumnRow:
     """"a" or "b"."""
     reads: str
     """Input of its weights: the "picture", maps of its "own" column, or of "both"."""
+    input: str
+    """Name of the layer that it reads; "": the one before."""
+    adds: tuple[str, ...]
+    """Names of the layers whose outputs are added to its sums."""
     input_shape: tuple[int, ...]
     """Input of the weights, after shrinking, before padding."""
     output_shape: tuple[int, ...]
@@ -158,14 +163,16 @@ def compute_receptive_fields(stages: Iterable[Stage], design: Design) -> list[in
     over the whole image; only its neighborhood counts, 9x9 pixels twice. Batch normalization reads
     other images, too, in training: they do not count.
     """
-    window, step = design.pool_window
     widening = {"spatial_norm": 4, "lcn": 2 * 8}
-    side, jump, sides = 1, 1, []
-    for stage in stages:
-        layer = stage.layer
+    sides: list[int] = []
+    reached = {-1: (1, 1)}  # side and pixels between neighbors behind each stage
+    for index, stage in enumerate(stages):
+        layer, (window, step) = stage.layer, stage.window
+        side, jump = reached[stage.source]
         side += (layer.shrink - 1) * jump
         jump *= layer.shrink
         side += (layer.kernel - 1) * jump if layer.kernel else 0
+        side = max([side, *(reached[other][0] for other in stage.added)])
         jump *= layer.stride
         sides.append(side if layer.kernel else design.image_size)
         for operation in layer.then:
@@ -173,6 +180,7 @@ def compute_receptive_fields(stages: Iterable[Stage], design: Design) -> list[in
             if operation in POOLS:
                 side += (window - 1) * jump
                 jump *= step
+        reached[index] = side, jump
     return sides
 
 
@@ -182,7 +190,7 @@ def _make_row(stage: Stage, column: str, field: int, has_logits: bool) -> Column
     def shape(maps: int, side: int) -> tuple[int, ...]:
         return (maps, side, side) if layer.kernel else (maps,)
 
-    places = stage.output_size**2 if layer.is_local else 1
+    places = stage.output_size**2 if layer.kind == "local" else 1
     weights = stage.inputs * stage.outputs * max(1, layer.kernel) ** 2 * places
     scales = stage.outputs if "batch_norm" in layer.then else 0
     input_shape = shape(stage.inputs, stage.input_size)
@@ -191,6 +199,8 @@ def _make_row(stage: Stage, column: str, field: int, has_logits: bool) -> Column
         layer=layer.name,
         column=column,
         reads=layer.reads,
+        input=layer.input,
+        adds=layer.adds,
         input_shape=input_shape,
         output_shape=shape(stage.outputs, stage.output_size),
         final_shape=shape(stage.outputs, stage.final_size),
@@ -219,8 +229,9 @@ class SummaryOptions:
     """Number of classes."""
     batch_size: int = 128
     """Images in a step."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Type of activations and of exchanged numbers; parameters and velocities are float32."""
+    dtype: Literal["float32", "bfloat16", "float16", "float8"] = "float32"
+    """Type of activations and of exchanged numbers; parameters and velocities are float32. Nothing
+    here computes in float8: its column says what it would save."""
     json: bool = False
     """Print one JSON object instead."""
 
@@ -302,7 +313,7 @@ def to_json(rows: list[ColumnRow], design: Design, options: SummaryOptions) -> d
     size = DTYPE_BYTES[options.dtype]
     sums = sum_rows(rows)
     return {
-        "design": asdict(design),
+        "design": design.to_settings(),
         "classes": options.classes,
         "batch_size": options.batch_size,
         "dtype": options.dtype,
@@ -339,7 +350,7 @@ def print_table(rows: list[ColumnRow], design: Design, options: SummaryOptions) 
         grid.add_row(
             row.layer,
             row.column,
-            row.reads if row.shrink == 1 else f"{row.reads}/{row.shrink}",
+            _format_reads(row),
             _format_shape(row.input_shape),
             _format_kernel(row),
             _format_shape(row.output_shape),
@@ -398,7 +409,9 @@ def _count_bytes(rows: list[ColumnRow], sent: list[ColumnRow], size: int) -> dic
 def _format_title(design: Design, options: SummaryOptions) -> str:
     plain = Design(width=design.width)
     settings = [f"width {design.width:g}"] + [
-        f"{name} {value}" for name, value in asdict(design).items() if value != getattr(plain, name)
+        f"{name} {f'of {len(value)} rows' if name == 'layers' else value}"
+        for name, value in vars(design).items()
+        if value != getattr(plain, name)
     ]
     # A config does not say how many; its data set does.
     count = f"{options.classes:,} classes{' (--classes)' if options.classes == CLASSES else ''}"
@@ -411,6 +424,11 @@ def _format_kernel(row: ColumnRow) -> str:
         return ""
     pad = f"{row.pad}+{row.edge_pad}" if row.edge_pad else f"{row.pad}"
     return f"{row.kernel}/{row.stride}/{pad}"
+
+
+def _format_reads(row: ColumnRow) -> str:
+    reads = row.reads if row.shrink == 1 else f"{row.reads}/{row.shrink}"
+    return " ".join([reads, *([row.input] if row.input else []), *(f"+{one}" for one in row.adds)])
 
 
 def _format_shape(shape: tuple[int, ...]) -> str:

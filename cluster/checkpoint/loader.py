@@ -488,7 +488,7 @@ def list_layers(net: AlexNet) -> list[str]:
 
 def list_fresh_layers(net: AlexNet, init_layers: str) -> list[str]:
     """Return the layers, besides the last, that take nothing from another run's checkpoint."""
-    fully_connected = [stage.layer.name for stage in net.stages if not stage.layer.kernel]
+    fully_connected = [stage.layer.name for stage in net.stages if stage.layer.kind == "fc"]
     return fully_connected if init_layers == "conv" else []
 
 

@@ -36,7 +36,7 @@ class TrainOptions(Options):
 
     SECTIONS: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "network": (
-            "width", "columns", "net", "image_size", "without", "conv6", "bottleneck",
+            "width", "columns", "net", "layers", "image_size", "without", "conv6", "bottleneck",
             "communication", "norm", "norm_layers", "lrn_k", "lrn_size", "lrn_alpha", "lrn_beta",
             "lrn_across", "relu_first", "spatial_norm", "pool", "activation", "dropout",
             "middle_std", "init", "init_layers",
@@ -75,6 +75,9 @@ class TrainOptions(Options):
     """Folder for checkpoints and numbers; created if need be."""
     tuning: Path | None = None
     """A file of duet throughput --tune; its settings win over CONFIG's, flags over both."""
+    layers: Path | None = None
+    """TOML file with a table of layers, and maybe other settings of the network, such as columns or
+    image_size; CONFIG's own network is left out, and flags win over both."""
     measure: bool = False
     """Do not train: measure where a step's time goes, into RUN/measure.json and
     RUN/throughput.html."""

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 from cluster.config.aliases import MEANT
 from cluster.config.settings import DESIGN_TYPES, Config, translate_values
 from model.architecture import fit_design
+from model.layer_table import Layer, parse_layers
 from model.schedule import suggest_name
 from pipeline.dataset.record import ADDRESS_KEY, SEGMENTS_KEY, SHA256_KEY, require_run
 from pipeline.tools.errors import UsageError
@@ -29,6 +30,7 @@ KINDS: dict[object, str] = {
     str: "text",
     int | str: "a whole number or text",
     tuple[str, ...]: "a list of texts",
+    tuple[Layer, ...]: "a list of tables",
 }
 """Descriptions of the types; the other settings are choices."""
 TYPES = DESIGN_TYPES | {k: kind for k, kind in get_type_hints(Config).items() if k != "design"}
@@ -84,8 +86,29 @@ def load_settings(config: Path) -> dict[str, Any]:
             raise UsageError(f"config file {path}: no setting {key!r}; {suggest_setting(key)}")
         if not is_of_type(value, TYPES[key]):
             takes = KINDS.get(TYPES[key]) or " or ".join(map(repr, get_args(TYPES[key])))
-            raise UsageError(f"config file {path}: {key} is {value!r}; it takes {takes}")
+            raise UsageError(f"config file {path}: {key} is {value!r:.200}; it takes {takes}")
+    if table.get("layers"):
+        try:
+            parse_layers(table["layers"])
+        except ValueError as error:
+            raise UsageError(f"config file {path}: {error}") from error
     return {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+
+
+def load_network(path: Path) -> dict[str, Any]:
+    """Read a file of the network alone: its table `layers`, and any other setting of the network.
+
+    Raises:
+        UsageError: as `load_settings`, or it has no table, or a setting of something else.
+    """
+    table = load_settings(path)
+    if not table.get("layers"):
+        raise UsageError(f"{path} has no table of layers; give it one, layers = [{{name = …}}, …]")
+    if others := [key for key in table if key not in DESIGN_TYPES]:
+        raise UsageError(
+            f"{path}: {others[0]} is no setting of the network; give it in CONFIG, or as a flag"
+        )
+    return table
 
 
 def suggest_setting(name: str) -> str:
@@ -97,8 +120,9 @@ def suggest_setting(name: str) -> str:
 
 def is_of_type(value: object, kind: Any) -> bool:
     """Return whether a value of a TOML file has the type of a setting (one of `TYPES`)."""
-    if kind == tuple[str, ...]:
-        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    if kind in (tuple[str, ...], tuple[Layer, ...]):
+        one = str if kind == tuple[str, ...] else dict
+        return isinstance(value, list) and all(isinstance(part, one) for part in value)
     if kind not in KINDS:
         return value in get_args(kind)
     if kind is float:

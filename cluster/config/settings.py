@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
@@ -280,7 +280,7 @@ class Config:
 
     def _check_schedule(self) -> None:
         """Check the learning-rate settings against each other and against the network's layers."""
-        layers = [layer.name for layer in self.design.layers()]
+        layers = [layer.name for layer in self.design.rows()]
         parse_layer_rates(self.layer_rates, layers)
         parse_layer_rates(self.layer_decays, layers, "layer_decays")
         parse_milestones(self.milestones)
@@ -329,7 +329,7 @@ class Config:
     def to_settings(self) -> dict[str, Any]:
         """Return all settings as one flat table, the network's first."""
         own = {one.name: getattr(self, one.name) for one in fields(self)}
-        return asdict(own.pop("design")) | own
+        return own.pop("design").to_settings() | own
 
     @property
     def cached(self) -> dict[str, Any]:
@@ -379,7 +379,7 @@ class Config:
     @property
     def colours(self) -> tuple[tuple[int, float], ...]:
         """Colour by epoch: (first epoch, value) pairs, as `Stream` takes them."""
-        changes = parse_changes(self.changes, [layer.name for layer in self.design.layers()])
+        changes = parse_changes(self.changes, [layer.name for layer in self.design.rows()])
         return list_color_steps(changes, self.colour)
 
     @property

@@ -144,6 +144,8 @@ def read_column_kernels(found: Checkpoint) -> dict[str, Kernel]:
                     kernels[name] = file.get_tensor(f"weights/{name}.conv1.weight")
     except (SafetensorError, OSError) as error:
         raise MissingFigure(f"No kernels: {found.path}: {shorten_error(error)}.") from error
+    if any(one.ndim != 4 or one.shape[1] != 3 for one in kernels.values()):
+        raise MissingFigure("No kernels: conv1 is no convolution of the image.")
     return kernels
 
 

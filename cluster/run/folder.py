@@ -36,8 +36,9 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import (
     CHANGEABLE,
@@ -187,7 +188,7 @@ def find_conflicts(old: Config, new: Config, samples: int | Segments) -> list[st
     before, after = old.to_settings(), new.to_settings()
     free = {*CHANGEABLE, *LENGTH} - ({"validate_every"} if old.schedule == "plateau" else set())
     found = [
-        f"{name}: {before[name]} -> {after[name]}"
+        f"{name}: {_format_change(before[name], after[name])}"
         for name in before
         if before[name] != after[name] and name not in free
     ]
@@ -203,6 +204,15 @@ def find_conflicts(old: Config, new: Config, samples: int | Segments) -> list[st
     if lengths[0] != lengths[1] and not constant:
         found.append(f"length in steps: {lengths[0]} -> {lengths[1]} (learning rates drop by it)")
     return found
+
+
+def _format_change(old: Any, new: Any) -> str:
+    """A changed setting; of tables of layers, the first row that differs."""
+    if isinstance(old, tuple) and any(isinstance(one, Mapping) for one in (*old, *new)):
+        pairs = zip_longest(old, new, fillvalue="no row")
+        rows = next(pair for pair in pairs if pair[0] != pair[1])
+        return " -> ".join(one if isinstance(one, str) else format_value(one) for one in rows)
+    return f"{old} -> {new}"
 
 
 def find_data_conflicts(old_sha256: str, new_sha256: str) -> list[str]:
@@ -242,7 +252,14 @@ def format_toml(
 
 
 def format_value(value: object) -> str:
-    """Format the value of a setting as TOML: JSON, but for characters beyond ASCII and DEL."""
+    """Format the value of a setting as TOML: JSON, but for characters beyond ASCII and DEL.
+
+    Tables in a list, which are layers, come one a line.
+    """
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {format_value(one)}" for key, one in value.items()) + "}"
+    if isinstance(value, list | tuple) and any(isinstance(one, Mapping) for one in value):
+        return "[\n" + "".join(f"  {format_value(one)},\n" for one in value) + "]"
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

@@ -90,7 +90,7 @@ class RateSettings:
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the network's layers."""
-        return tuple(layer.name for layer in self.config.design.layers())
+        return tuple(layer.name for layer in self.config.design.rows())
 
     def drop(self) -> dict[str, float]:
         """Return the settings that divide the current rates."""

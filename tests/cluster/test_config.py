@@ -273,8 +273,8 @@ def test_help_explains_every_setting(capsys):
 
 def test_the_public_settings_are_these():
     assert list(Config().to_settings()) == [
-        "width", "columns", "net", "image_size", "norm", "norm_layers", "lrn_k", "lrn_size",
-        "lrn_alpha", "lrn_beta", "lrn_across", "relu_first", "spatial_norm", "pool",
+        "width", "columns", "net", "layers", "image_size", "norm", "norm_layers", "lrn_k",
+        "lrn_size", "lrn_alpha", "lrn_beta", "lrn_across", "relu_first", "spatial_norm", "pool",
         "activation", "without", "conv6", "bottleneck", "communication", "middle_std", "dropout",
         "init", "init_layers", "seed", "batch_size", "epochs",
         "steps", "schedule", "rate_scaling", "lr", "bias_factor", "lr_drop", "lr_drops",

@@ -24,6 +24,7 @@ OTHER = {
     "schedule": "manual", "rate_scaling": "sqrt", "changes": ("1 colour 0",), "patience": 9,
     "plateau_biases": False, "plateau_drops": 1, "plateau_factor": 2.0, "plateau_threshold": 0.1,
     "layer_rates": ("conv1=0",), "colour_divide": True, "mean": "image",
+    "layers": ({"name": "conv1", "maps": 48, "kernel": 11}, {"name": "fc2", "kind": "fc"}),
     "exchange_dtype": "bfloat16", "hw_decoder_load": 0.5, "image_size": 32, "exact": True,
 }  # fmt: skip
 
@@ -43,6 +44,9 @@ def test_what_a_run_learns_cannot_change_under_way(field):
         assert found == ["schedule: dexp -> manual"]
     elif field == "steps":
         assert found == ["length in steps: 400 -> 201 (learning rates drop by it)"]
+    elif field == "layers":
+        row = 'name = "conv1", maps = 48, kernel = 11, reads = "picture"'
+        assert found == [f"layers: no row -> {{{row}}}"]
     else:
         assert found == [f"{field}: {old.to_settings()[field]} -> {OTHER[field]}"]
 

@@ -71,7 +71,7 @@ def test_presets_say_what_is_known_of_them():
     assert tuned.design == Design(conv6=True, **source)
     rates = compute_rates(tuned.lr, tuned.lr * tuned.bias_factor,
                      [(c.name, c.value) for c in parse_changes(
-                         tuned.changes, [layer.name for layer in tuned.design.layers()]
+                         tuned.changes, [layer.name for layer in tuned.design.rows()]
                      ) if c.epoch == 0])  # fmt: skip
     assert [rates.get(f"{name}.weight") for name in ("conv1", "conv6", "fc8")] == [1e-4, 1e-3, 0.01]
     assert {rates.get(f"{name}.bias") for name in ("conv1", "conv6", "fc8")} == {0.02}
@@ -101,7 +101,7 @@ def test_presets_of_the_source_s_other_networks_are_those_of_its_files():
         presets["dexp"], milestones=()
     )
     assert alone.design == Design(communication=False, **source)
-    assert [stage.reads for stage in alone.design.layers()] == ["picture", *["own"] * 6, "both"]
+    assert [stage.reads for stage in alone.design.rows()] == ["picture", *["own"] * 6, "both"]
     assert presets["no_norm2"].design == Design(norm_layers=("conv2=none",), relu_first=False)
     assert (presets["no_norm2"].lr_drop, presets["batch256"].rate_scaling) == (1000, "linear")
     assert presets["batch256"].batch_size == 256
@@ -112,7 +112,7 @@ def test_presets_of_the_source_s_other_networks_are_those_of_its_files():
         config = presets[name]
         assert config.init_layers == "conv"
         assert config.design.bottleneck == (1024 if name == "pretrain2011" else 0)
-        layers = [layer.name for layer in config.design.layers()]
+        layers = [layer.name for layer in config.design.rows()]
         changes = parse_changes(config.changes, layers)
         begin = [(one.name, one.value) for one in changes if one.epoch == 0]
         rates = compute_rates(config.lr, config.lr * config.bias_factor, begin)

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.alexnet import AlexNet
-from model.architecture import LAYERS, Design, build_stages
+from model.architecture import Design, build_stages
+from model.layer_table import LAYERS
 from model.summary import build_table, sum_rows
 
 # Fact sheet of the original (layers-145.cfg): parameters of one column of each layer

@@ -212,7 +212,7 @@ def test_parameters_of_each_design(design: Design, parameters: int) -> None:
         sizes = [
             (stage.inputs * max(1, stage.layer.kernel) ** 2 + 1)
             * stage.outputs
-            * (stage.output_size**2 if stage.layer.is_local else 1)
+            * (stage.output_size**2 if stage.layer.kind == "local" else 1)
             + stage.outputs * (2 if "batch_norm" in stage.layer.then else 0)
             for stage in build_stages(1000, design)
         ]

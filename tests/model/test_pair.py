@@ -18,6 +18,7 @@ from torch import Tensor
 from model.alexnet import AlexNet
 from model.architecture import Design
 from model.exchange import Exchange
+from model.layer_table import Layer
 from model.optimizer import Sgd2012
 from model.schedule import Rates
 from tests.helpers.processes import run_ranks
@@ -62,6 +63,15 @@ CASES |= {
         ),
         "float64, no communication": Design(
             width=WIDTH, communication=False, norm_layers=("conv4=batch",)
+        ),
+        "float64, a table of one's own": Design(
+            layers=(
+                Layer("conv1", 4, 8, stride=8, reads="picture", then=("relu", "pool")),
+                Layer("conv2", 4, 3, pad=1, reads="both", then=("sigmoid", "dropout")),
+                Layer("low1", 6, 5, pad=2, stride=2, reads="picture", shrink=8, then=()),
+                Layer("conv3", 6, 3, pad=1, reads="both", input="conv2", adds=("low1",)),
+                Layer("fc4", None, kind="fc", reads="both", then=()),
+            )
         ),
         "float64, bottleneck": Design(width=WIDTH, bottleneck=24, lrn_beta=0.5, norm="lrn"),
     }.items()

@@ -21,7 +21,7 @@ from model.architecture import Design
 from model.schedule import Rates, dexp, find_plateau_drops, parse_changes
 from tests.helpers.schedules import ERRORS, Story, manual, recipe, rows, texts
 
-LAYERS = tuple(layer.name for layer in Config().design.layers())
+LAYERS = tuple(layer.name for layer in Config().design.rows())
 
 
 @pytest.fixture(autouse=True)

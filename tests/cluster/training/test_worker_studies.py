@@ -27,6 +27,13 @@ from tests.helpers.training_runs import (
 
 BATCH = Config.from_settings(CONFIG.to_settings() | {"norm": "batch", "seed": 2, "steps": STEPS})
 
+OWN = [
+    {"name": "conv1", "maps": 4, "kernel": 8, "stride": 8, "then": ["relu", "norm", "pool"]},
+    {"name": "conv2", "maps": 4, "kernel": 3, "pad": 1, "reads": "both"},
+    {"name": "conv3", "maps": 4, "kernel": 3, "pad": 1, "adds": ["conv1"], "then": ["dropout"]},
+    {"name": "fc4", "kind": "fc", "reads": "both"},
+]
+
 
 def read_statistics(run: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
     return {key: value for key, value in weights(run, step).items() if "running" in key}
@@ -76,9 +83,10 @@ def test_replicas_average_what_their_parts_of_the_batch_have_seen(tiny_data, tmp
     "changes",
     [
         {"net": "four", "columns": 1, "norm": "none", "width": 0.5, "augment": False, "lr": 0.001},
+        {"width": 1.0, "layers": OWN, "activation": "sigmoid"},
         {"conv6": True, "dropout": False, "norm": "lcn", "weight_decay": 0.0, "colour": 0.0},
     ],
-    ids=["four", "conv6"],
+    ids=["four", "layers", "conv6"],
 )
 def test_other_networks_train_and_go_on(changes, tiny_data, tmp_path):
     config = Config.from_settings(CONFIG.to_settings() | changes)
