@@ -36,7 +36,7 @@ beside them."""
 Norm = Literal["lrn", "scale", "spatial", "lcn", "batch", "none"]
 Pool = Literal["3/2", "2/2"]
 Activation = Literal["relu", "tanh", "sigmoid"]
-Without = Literal["none", "conv3", "conv4", "conv5", "fc6", "fc7", "dense"]
+Without = Literal["none", "conv3", "conv4", "conv5", "fc7", "dense"]
 
 
 MIDDLE = ("conv3", "conv4", "conv5", "conv6")
@@ -116,7 +116,8 @@ class Design:
     before."""
     without: Without = "none"
     """A layer left out. Without conv3, conv4 reads both columns; without conv5, conv4 has its 128
-    maps, so that fc6 stays as it is. dense: without fc6 and fc7."""
+    maps, so that fc6 stays as it is. Without fc7, fc8 reads fc6; dense: without both, so that it
+    reads the last pooling."""
     conv6: bool = False
     """Adds a sixth convolution over the last pooling, which reads both columns."""
     bottleneck: int = 0

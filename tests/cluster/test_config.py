@@ -420,3 +420,74 @@ def test_values_of_earlier_versions_are_read(tmp_path):
     path = tmp_path / "old.toml"
     path.write_text('mean = "picture"\n')
     assert load_settings(path) == {"mean": "image"}
+
+
+LAYERS = """layers = [
+  {name = "conv1", maps = 4, kernel = 5, stride = 2, then = ["relu", "pool"]},
+  {name = "conv2", maps = 4, kernel = 5, reads = "both"},
+  {name = "fc3", kind = "fc", reads = "both"},
+]
+"""
+
+
+@pytest.fixture
+def layers(tmp_path: Path):
+    """Parse the preset four with a file of layers of the given text, with the given flags."""
+
+    def of(text: str, *flags: str) -> Config:
+        path = tmp_path / "net.toml"
+        path.write_text(text, encoding="utf-8")
+        words = ["four", "--layers", str(path), "--data", "d", "--run", "r", *flags]
+        return parse_command(words).settings
+
+    return of
+
+
+def test_a_file_of_layers_is_the_network_and_the_config_all_else(layers, settings, tmp_path):
+    found = layers("image_size = 32\nnorm = 'none'\n" + LAYERS, "--norm", "lcn")
+    four = parse_command(["four", "--data", "d", "--run", "r"]).settings
+    assert [row.name for row in found.design.rows()] == ["conv1", "conv2", "fc3"]
+    assert found.design.columns == 2
+    assert found.design.norm == "lcn"
+    assert (found.lr, found.epochs, found.augment) == (four.lr, four.epochs, False)
+    assert settings("image_size = 32\nnorm = 'lcn'\n" + LAYERS).design == found.design
+
+
+def test_a_run_keeps_its_layers_when_the_file_has_gone(layers, tmp_path):
+    found = layers(LAYERS)
+    (tmp_path / "config.toml").write_text(format_toml(found, "0" * 64), encoding="utf-8")
+    (tmp_path / "net.toml").unlink()
+    assert read_run_config(tmp_path / "config.toml")[0] == found
+    saved = json.loads(json.dumps(found.to_settings()))
+    assert parse_settings(saved) == found
+    assert '{name = "fc3", kind = "fc", reads = "both", then = []},' in format_toml(found, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("width = 0.5", "net.toml has no table of layers; give it one, layers = [{name = …}, …]"),
+        ("lr = 0.5\n" + LAYERS, "net.toml: lr is no setting of the network; give it in CONFIG"),
+        ("layers = 3", "net.toml: layers is 3; it takes a list of tables"),
+        (LAYERS.replace('"conv2"', '"conv2", input = "fc3"'),
+         "net.toml: layers: conv2: input is 'fc3', a circle (conv2 <- fc3 <- conv2); let it read"),
+        (LAYERS.replace("maps = 4, kernel = 5, reads", "maps = 4, kernel = 56, reads"),
+         "layers: conv2: kernel is 56, and its input is 55x55 with pad 0; take a smaller kernel, or "
+         "less pooling or stride before it (four, "),
+        ("conv6 = true\n" + LAYERS, "conv6 is True; with layers it stays False (four, "),
+    ],
+)  # fmt: skip
+def test_a_file_of_layers_that_cannot_work_is_refused_in_one_line(layers, text, line):
+    with pytest.raises(UsageError, match=re.escape(line)) as caught:
+        layers(text)
+    assert "net.toml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_layers_survive_the_line_of_the_command_and_the_file_of_a_run(settings, tmp_path):
+    rows = LAYERS.replace("kernel = 5, stride", 'pool = "2/2", bias = 1.5e-3, kernel = 5, stride')
+    found = settings(rows, "--width", "0.5")
+    assert tomllib.loads(format_toml(found, ""))["layers"][0] == {
+        "name": "conv1", "maps": 4, "kernel": 5, "stride": 2, "reads": "picture", "bias": 0.0015,
+        "then": ["relu", "pool"], "pool": "2/2",
+    }  # fmt: skip

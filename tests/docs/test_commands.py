@@ -114,6 +114,8 @@ def world(
     shutil.copy(next((image_folder / "val").rglob("*.jpg")), root / "image.jpg")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        recipes = blocks(REPOSITORY / "docs/recipes.md")
+        (root / "net.toml").write_text(next(b.text for b in recipes if b.language == "toml"))
         for module in (extract, additions, withdraw):
             patch.setattr(module, "LocalPool", InlinePool)
         world = World()

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.train import parse_command
 from model.architecture import Design
+from model.layer_table import Layer
 from model.schedule import compute_rates, parse_changes
 
 CONFIGS = sorted(
@@ -29,6 +30,10 @@ def test_the_configs_of_the_repository_are_sound_and_say_what_they_are_for(path)
     assert "hardware" in head
     assert "expected" in head
     assert tomllib.loads(text)
+
+
+def halve_dense(rows: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    return tuple(replace(row, maps=1024) if row.maps == 2048 else row for row in rows)
 
 
 def test_presets_say_what_is_known_of_them():
@@ -55,6 +60,9 @@ def test_presets_say_what_is_known_of_them():
         "no_conv3": Design(without="conv3", **source),
         "no_conv4": Design(without="conv4", **source),
         "no_conv5": Design(without="conv5", **source),
+        "no_fc7": Design(without="fc7", **source),
+        "no_dense": Design(without="dense", **source),
+        "half_dense": Design(layers=halve_dense(Design(**source).rows())),
     }.items():
         assert presets[name].design == design, name
         full = replace(presets[name], design=presets["dexp"].design)

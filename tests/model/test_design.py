@@ -56,6 +56,8 @@ class Written:
     def classifier(self, pool5: list[Tensor], act=F.relu) -> Tensor:
         y = torch.cat(pool5, 1).flatten(1)
         for name in ("fc6", "fc7"):
+            if f"a.{name}.weight" not in self.state:
+                continue
             y = act(self.full(name, y)) * 0.5
         return self.full("fc8", y)
 
@@ -140,7 +142,10 @@ CASES = {
     "one_gpu": (replace(SOURCE, columns=1), source2012),
     "pool2": (replace(SOURCE, pool="2/2"), pool2),
     "tanh": (Design(activation="tanh", norm="none"), tanh_without_norm),
-    **{f"no_{name}": (Design(without=name), without(name)) for name in ("conv3", "conv4", "conv5")},
+    **{
+        f"no_{name}": (Design(without=name), without(name))
+        for name in ("conv3", "conv4", "conv5", "fc7", "dense")
+    },
 }
 
 
@@ -177,6 +182,8 @@ def test_each_design_is_its_network_written_out(case: str) -> None:
         (Design(without="conv3"), 60_965_224 - 2 * (192 * 256 * 9 + 192) + 2 * 192 * 64 * 9),
         (Design(without="conv4"), 60_965_224 - 2 * (192 * 192 * 9 + 192)),
         (Design(without="conv5"), 60_965_224 - 2 * 192 * (192 * 9 + 1)),
+        (Design(without="fc7"), 60_965_224 - 4096 * 4097),
+        (Design(without="dense"), 60_965_224 - 4096 * (9217 + 4097 + 1000) + 1000 * 9216),
         (Design(norm_layers=("conv4=batch",)), 60_965_224 + 2 * 2 * 192),
         # layers-146-2011.cfg without its sixth convolution: 2x1024 units between fc7 and fc8.
         (Design(bottleneck=1024), 60_965_224 + 2 * 1024 * 4097 - 1000 * 4096 + 1000 * 2048),
