@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.architecture import COLUMN_NAMES, Design, Stage, build_stages
 from model.exchange import Exchange
+from model.layer_table import Layer
 from model.layers import (
     ColumnLinear,
     Dropout,
@@ -219,13 +220,10 @@ class AlexNet(nn.Module):
             layer = stage.layer
             if stage.source != index - 1:
                 x = outputs[stage.source]
-            x = x.flatten(1) if layer.kind == "fc" else x
             module = self.get_submodule(layer.name)
-            if layer.reads == "both" and self.exchange is not None:
-                x = self.exchange.apply_layer(module, x, layer.name)
-            else:
-                x = module(x)
-            x = sum((outputs[source] for source in stage.added), x)
+            x = self._weigh(x, layer, module)
+            for other in stage.added:
+                x = x + outputs[other]
             for operations in self._following[layer.name]:
                 x = self._compute(operations, x, module, stage)
             if watch is not None:
@@ -237,6 +235,15 @@ class AlexNet(nn.Module):
         if self.exchange is not None:
             x = self.exchange.gather_replicated(x, "logits")
         return x[:, : self.classes]
+
+    def _weigh(self, x: Tensor, layer: Layer, module: nn.Module) -> Tensor:
+        """The weighted sums of a layer: its output before the operations that follow."""
+        if layer.kind == "fc":
+            x = x.flatten(1)
+        if layer.reads == "both" and self.exchange is not None:
+            return self.exchange.apply_layer(module, x, layer.name)
+        y: Tensor = module(x)
+        return y
 
     def _compute(
         self, operations: tuple[str, ...], x: Tensor, module: nn.Module, stage: Stage

@@ -285,6 +285,11 @@ def _check_sources(rows: Sequence[Layer], index: int, places: Mapping[str, int])
         raise ValueError(
             f"layers: {row.name}: reads is {row.reads!r}; the first row reads the 'picture'"
         )
+    elif row.kind != "fc" and (before := rows[places.get(row.input, index - 1)]).kind == "fc":
+        raise ValueError(
+            f"layers: {row.name}: kind is {row.kind!r}; it reads {before.name}, which has units, "
+            "no maps; an fc layer can"
+        )
     for field, names in (("input", (row.input,)), ("adds", row.adds)):
         for name in names:
             if name and name not in places:

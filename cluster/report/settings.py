@@ -102,8 +102,11 @@ def format_setting(value: object) -> str:
     """Return a setting as a person would write it."""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, Mapping):  # a layer
+        fields = (f"{key} {format_setting(one)}" for key, one in value.items() if key != "name")
+        return f"{value.get('name')} ({', '.join(fields)})"
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
+        return ", ".join(map(format_setting, value)) or "none"
     if isinstance(value, float):
         return f"{value:g}"
     return "none" if value in (None, "") else f"{value}"

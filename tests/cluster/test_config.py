@@ -472,8 +472,8 @@ def test_a_run_keeps_its_layers_when_the_file_has_gone(layers, tmp_path):
         (LAYERS.replace('"conv2"', '"conv2", input = "fc3"'),
          "net.toml: layers: conv2: input is 'fc3', a circle (conv2 <- fc3 <- conv2); let it read"),
         (LAYERS.replace("maps = 4, kernel = 5, reads", "maps = 4, kernel = 56, reads"),
-         "layers: conv2: kernel is 56, and its input is 55x55 with pad 0; take a smaller kernel, or "
-         "less pooling or stride before it (four, "),
+         "layers: conv2: kernel is 56, and its input is 55x55 with pad 0; take a smaller kernel, "
+         "or less pooling or stride before it (four, "),
         ("conv6 = true\n" + LAYERS, "conv6 is True; with layers it stays False (four, "),
     ],
 )  # fmt: skip

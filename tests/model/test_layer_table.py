@@ -233,6 +233,11 @@ WRONG = {
         "conv3", input="low1"
     ),
     "local5 is read by no layer; leave it out, or name it": changed("fc5", input="conv4"),
+    "conv9: kind is 'conv'; it reads fc6, which has units, no maps": [
+        *TOUR[:-1],
+        {"name": "conv9", "maps": 4, "kernel": 1},
+        TOUR[-1],
+    ],
     "fc5: kernel is 3": changed("fc5", kernel=3),
     "conv4: adds low1, which has 4 maps of 14x14, and conv4 itself 8 maps of 14x14": changed(
         "low1", maps=4
