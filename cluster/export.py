@@ -32,6 +32,7 @@ from cluster.run.console import print_warning
 from cluster.run.folder import CONFIG
 from model.alexnet import AlexNet
 from model.architecture import Design, build_stages
+from model.layer_table import Layer
 from model.norm import BatchNorm
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
@@ -137,7 +138,7 @@ def describe_checkpoint(config: Config, found: Checkpoint, table: dict[str, Any]
         "columns": json.dumps(config.design.columns),
         "width": json.dumps(config.design.width),
         "layers": json.dumps(list_layers(config.design)),
-        "first": json.dumps(list_image_steps(config.design)),
+        "first": json.dumps(list_image_steps(config.design.rows()[0])),
         "image_size": json.dumps(config.design.image_size),
         "dropout": json.dumps("folded: what reads an output with dropout has halved weights"),
         "config": json.dumps(table["config"]),
@@ -156,21 +157,18 @@ def list_layers(design: Design) -> list[list[object]]:
     ["multiply", factor], ["spatial_norm"], ["lcn", columns], ["scale", layer], ["pool", side,
     stride] and ["mean_pool", side, stride]. Dropout is not among them: it is in the weights.
 
-    Raises:
-        UsageError: the layers are no chain.
+    Where a layer reads another one than that before it, `how` has "input", its name or "picture";
+    where it adds others' outputs, "adds", [name, factor] of each. The image goes through "first",
+    as in `list_image_steps`, before a later layer reads it.
     """
     constants = [design.lrn_size, design.lrn_alpha, design.lrn_beta, design.lrn_k]
     plain = [Design.lrn_size, Design.lrn_alpha, Design.lrn_beta, Design.lrn_k]
     norm = [1 if design.lrn_across else design.columns, *(constants if constants != plain else ())]
     names = {"batch_norm": "scale", "scale": "multiply"}
     found: list[list[object]] = []
-    for index, stage in enumerate(build_stages(design=design)):
+    stages = build_stages(design=design)
+    for index, stage in enumerate(stages):
         layer, pool = stage.layer, [*stage.window]
-        if stage.source != index - 1 or stage.added:
-            raise UsageError(
-                f"{layer.name} reads or adds other layers than the one before it, and a file of "
-                "weights is of a chain; the checkpoints have them all"
-            )
         arguments: dict[str, list[Any]] = {
             "norm": norm, "lcn": [design.columns], "pool": pool, "mean_pool": pool,
             "batch_norm": [layer.name], "scale": [design.lrn_k**-design.lrn_beta],
@@ -181,18 +179,23 @@ def list_layers(design: Design) -> list[list[object]]:
             if word != "dropout"
         ]
         groups = design.columns if layer.reads == "own" else 1
-        how = {"stride": layer.stride, "padding": layer.pad, "groups": groups}
+        how: dict[str, Any] = {"stride": layer.stride, "padding": layer.pad, "groups": groups}
         if layer.kind == "local":
             how = {"local": layer.pad, "groups": groups}
         elif layer.kind == "fc":
             how = {"groups": groups} if groups > 1 else {}
+        if stage.source != index - 1:
+            how["input"] = layer.input or "picture"
+        if index and stage.source < 0:
+            how["first"] = list_image_steps(layer)
+        if added := [stages[other].layer for other in stage.added]:
+            how["adds"] = [[one.name, 0.5 if "dropout" in one.then else 1.0] for one in added]
         found.append([layer.name, how, then])
     return found
 
 
-def list_image_steps(design: Design) -> list[object]:
-    """Return the operation on the image: ["edge", zeros right and below], or ["shrink", side]."""
-    layer = design.rows()[0]
+def list_image_steps(layer: Layer) -> list[object]:
+    """Return a layer's operation on the image: ["edge", zeros beside it], or ["shrink", side]."""
     return ["shrink", layer.shrink] if layer.shrink > 1 else ["edge", layer.edge]
 
 

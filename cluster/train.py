@@ -46,6 +46,7 @@ from cluster.run.jsonl import count_rows
 from cluster.run.sync import open_mirror
 from cluster.run.trackers import require_trackers
 from model.architecture import Design, build_stages
+from model.layer_table import parse_layers
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.dataset.record import ADDRESS_KEY
@@ -108,7 +109,8 @@ def parse_command(argv: Sequence[str]) -> TrainOptions:
     first = _parse(user)
     table = load_settings(first.config)
     if first.layers is not None:
-        table = {key: value for key, value in table.items() if key not in DESIGN_TYPES}
+        other = {*DESIGN_TYPES, "milestones"}  # results of CONFIG's network, which is another
+        table = {key: value for key, value in table.items() if key not in other}
         table |= load_network(first.layers)
     if first.tuning is not None:
         table |= load_settings(first.tuning)
@@ -133,6 +135,8 @@ def _fill_settings(table: dict[str, Any]) -> _UncheckedConfig:
     # A number of hundreds of digits is infinite as a text, and an error as a whole number.
     table = {key: float(str(one)) if TYPES[key] is float else one for key, one in table.items()}
     design = {key: table.pop(key) for key in list(table) if key in DESIGN_TYPES}
+    if design.get("layers"):
+        design["layers"] = parse_layers(design["layers"])
     return _UncheckedConfig(design=_UncheckedDesign(**design), **table)
 
 

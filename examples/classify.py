@@ -62,9 +62,15 @@ edge = (stored - side) // 2
 image = ImageOps.fit(image, (stored, stored)).crop((edge, edge, edge + side, edge + side))
 x = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(side, side, 3)
 x = (x.permute(2, 0, 1) - w["mean"])[None]
+seen = {"picture": x}
 first, size = about["first"]
 x = follow[first](x, size)
 for name, how, then in about["layers"]:
+    x = seen[how.pop("input")] if "input" in how else x
+    if "first" in how:
+        first, size = how.pop("first")
+        x = follow[first](x, size)
+    adds = how.pop("adds", ())
     weight, bias = w[f"{name}.weight"], w[f"{name}.bias"]
     if "stride" in how:
         x = F.conv2d(x, weight, bias, **how)
@@ -76,8 +82,11 @@ for name, how, then in about["layers"]:
     else:
         groups = how.get("groups", 1)
         own = weight.unflatten(0, (groups, -1))
-        x = (own @ x.view(groups, -1, 1)).view(1, -1) + bias
+        x = (own @ x.reshape(groups, -1, 1)).view(1, -1) + bias
+    for other, factor in adds:
+        x = x + factor * seen[other]
     for operation, *arguments in then:
         x = follow[operation](x, *arguments)
+    seen[name] = x
 for probability, index in zip(*x[0].softmax(0).topk(min(5, len(about["classes"]))), strict=True):
     print(f"{probability:6.1%}  {about['classes'][index]}")

@@ -285,11 +285,6 @@ def _check_sources(rows: Sequence[Layer], index: int, places: Mapping[str, int])
         raise ValueError(
             f"layers: {row.name}: reads is {row.reads!r}; the first row reads the 'picture'"
         )
-    elif row.kind != "fc" and (before := rows[places.get(row.input, index - 1)]).kind == "fc":
-        raise ValueError(
-            f"layers: {row.name}: kind is {row.kind!r}; it reads {before.name}, which has units, "
-            "no maps; an fc layer can"
-        )
     for field, names in (("input", (row.input,)), ("adds", row.adds)):
         for name in names:
             if name and name not in places:
@@ -304,6 +299,12 @@ def _check_sources(rows: Sequence[Layer], index: int, places: Mapping[str, int])
                     + (f"a circle ({circle}); let it read" if circle else "a later row; name")
                     + " one of an earlier row"
                 )
+    before = rows[places.get(row.input, index - 1)]
+    if row.kind != "fc" and row.reads != "picture" and before.kind == "fc":
+        raise ValueError(
+            f"layers: {row.name}: kind is {row.kind!r}; it reads {before.name}, which has units, "
+            "no maps; an fc layer can"
+        )
 
 
 def _find_circle(rows: Sequence[Layer], places: Mapping[str, int], goal: str, start: str) -> str:

@@ -443,6 +443,7 @@ def layers(tmp_path: Path):
     return of
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_file_of_layers_is_the_network_and_the_config_all_else(layers, settings, tmp_path):
     found = layers("image_size = 32\nnorm = 'none'\n" + LAYERS, "--norm", "lcn")
     four = parse_command(["four", "--data", "d", "--run", "r"]).settings
@@ -451,6 +452,14 @@ def test_a_file_of_layers_is_the_network_and_the_config_all_else(layers, setting
     assert found.design.norm == "lcn"
     assert (found.lr, found.epochs, found.augment) == (four.lr, four.epochs, False)
     assert settings("image_size = 32\nnorm = 'lcn'\n" + LAYERS).design == found.design
+
+
+def test_published_results_of_another_network_are_left_out(tmp_path):
+    (tmp_path / "net.toml").write_text(LAYERS)
+    words = ["dexp", "--data", "d", "--run", "r"]
+    assert parse_command(words).settings.milestones
+    found = parse_command([*words, "--layers", str(tmp_path / "net.toml")]).settings
+    assert (found.milestones, found.lr_drop) == ((), 250.0)
 
 
 def test_a_run_keeps_its_layers_when_the_file_has_gone(layers, tmp_path):

@@ -100,6 +100,16 @@ OTHERS = [
     {"norm": "batch", "dropout": False, "relu_first": False},
     {"norm": "spatial", "net": "four", "width": 0.5},
     {"net": "local11", "width": 0.25, "norm_layers": ("conv2=scale",), "lrn_size": 9, "lrn_k": 1.0},
+    {"layers": [
+        {"name": "conv1", "maps": 4, "kernel": 8, "stride": 8, "then": ["relu", "norm", "pool"]},
+        {"name": "conv2", "maps": 6, "kernel": 3, "pad": 1, "then": ["sigmoid", "dropout"]},
+        {"name": "low1", "maps": 6, "kernel": 5, "pad": 2, "stride": 2, "shrink": 8,
+         "reads": "picture"},
+        {"name": "conv3", "maps": 6, "kernel": 3, "pad": 1, "reads": "both", "input": "conv2",
+         "adds": ["low1", "conv2"], "then": ["mean_pool"], "pool": "2/2"},
+        {"name": "fc4", "maps": 9, "kind": "fc", "then": ["relu", "dropout"]},
+        {"name": "fc5", "kind": "fc", "reads": "both"},
+    ], "width": 1.0},
     {"communication": False, "bottleneck": 32, "lrn_across": True, "lrn_alpha": 5e-4,
      "lrn_beta": 0.5, "middle_std": 0.01},
 ]  # fmt: skip
