@@ -32,6 +32,8 @@ CLASSES = 1000
 """Classes of ImageNet, where none are named."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1}
 MIB = 2**20
+TRAINER_KEYS = ("cache_size", "init_layers", "lars", "layer_rates")
+"""Settings of the trainer whose names are near to one of the network's."""
 PRESETS = Path(__file__).resolve().parents[1] / "cluster" / "config" / "presets"
 
 
@@ -300,7 +302,7 @@ def read_design(path: Path) -> Design:
     names = [field.name for field in fields(Design)]
     for key in settings:  # other keys are the trainer's; one that is nearly ours is a typo
         near = difflib.get_close_matches(key, names, n=1, cutoff=0.7)
-        if near and key not in names:
+        if near and key not in names and key not in TRAINER_KEYS:
             raise ValueError(f"config {path}: no setting {key!r}; did you mean {near[0]!r}?")
     try:
         return Design.from_settings(settings)
@@ -378,7 +380,8 @@ def describe_totals(rows: list[ColumnRow], design: Design, options: SummaryOptio
         f"{sums.parameters:,} parameters, {sums.multiply_adds:,} multiply-adds an image forward, "
         f"{sums.neurons:,} neurons",
         f"M = X(W+B+A+Z) = {compute_footprint(rows, batch, size) / MIB:,.0f} MiB: {batch} images, "
-        f"{size} bytes a number, weights, biases, activations and the sums before them",
+        f"{size} {'byte' if size == 1 else 'bytes'} a number, weights, biases, activations and the "
+        "sums before them",
         f"optimizer: {_format_mib(sums.parameter_bytes)} of velocities, as much of gradients",
     ]
     if design.columns == 2:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.config import Config
 from model.architecture import Design
 from model.summary import (
     build_table,
@@ -99,20 +100,21 @@ def test_the_command_prints_a_table_of_any_config(name, capsys) -> None:
     assert ("exchanges" in shown) == (name not in ("one_gpu", "four"))
 
 
-def test_json_is_one_object_with_the_same_sums(capsys) -> None:
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float8", 1)])
+def test_json_is_one_object_with_the_same_sums(dtype, size, capsys) -> None:
     main(
         [
             str(ROOT / "cluster" / "config" / "presets" / "paper.toml"),
             "--json",
             "--dtype",
-            "bfloat16",
+            dtype,
         ]
     )
     told = json.loads(capsys.readouterr().out)
     assert told["totals"]["parameters"] == 60_965_224
-    assert told["original_crossing_bytes_an_image"] == 468_992 // 2
+    assert told["original_crossing_bytes_an_image"] == 468_992 // 4 * size
     conv1 = told["rows"][0]
-    assert conv1["activation_bytes"] == 145_200 * 128 * 2
+    assert conv1["activation_bytes"] == 145_200 * 128 * size
     assert conv1["optimiser_bytes"] == 4 * 17_472
 
 
@@ -158,3 +160,10 @@ def test_the_module_runs_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["totals"]["neurons"] == 659_272
+
+
+def test_a_setting_of_the_trainer_is_no_typo_of_one_of_the_network(tmp_path) -> None:
+    names = Config().to_settings().keys() - vars(Design()).keys()
+    path = tmp_path / "c.toml"
+    path.write_text("".join(f"{name} = 1\n" for name in sorted(names)), encoding="utf-8")
+    assert read_design(path) == Design()
