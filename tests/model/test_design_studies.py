@@ -279,6 +279,10 @@ def test_a_locally_connected_layer_passes_gradcheck(columns: int) -> None:
 
     values = [layer.weight.detach(), layer.bias.detach()]
     assert torch.autograd.gradcheck(run, tuple(t.requires_grad_() for t in (x, *values)))
+    patches = F.unfold(x.detach(), 3, padding=1).view(2, columns, 2 * 9, 9)
+    filters = values[0].reshape(columns, 2, 2 * 9, 9)
+    sums = torch.einsum("bcip,cmip->bcmp", patches, filters).reshape(2, 2 * columns, 3, 3)
+    assert torch.allclose(run(x, *values), sums + values[1])
     narrow, wide = layer.to(torch.bfloat16)(x.bfloat16()), run(x, *values)
     assert narrow.dtype == torch.bfloat16
     assert narrow.is_contiguous(memory_format=torch.channels_last)

@@ -73,6 +73,17 @@ def test_receptive_fields_of_other_networks() -> None:
     assert later["conv2"] == 51 + 16 * 4
 
 
+def test_a_filter_of_one_pixel_is_applied_once() -> None:
+    rows = {row.layer: row for row in build_table(10, Design(net="local11", image_size=32))}
+    assert [rows[name].weights for name in ("local3", "local4")] == [
+        32 * 32 * 9 * 8 * 8, 32 * 16 * 9 * 8 * 8,
+    ]  # fmt: skip
+    for row in rows.values():
+        side = row.output_shape[-1]
+        times = side**2 if row.layer.startswith("conv") else 1
+        assert row.multiply_adds == row.weights * times
+
+
 def test_one_column_exchanges_nothing() -> None:
     rows = build_table(design=Design(columns=1))
     assert [row.column for row in rows] == ["a"] * 8
