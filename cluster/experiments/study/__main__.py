@@ -4,26 +4,26 @@
 
 First come the parts of the data set, then the runs that others start from. With a grid, every
 variant is run with the first seed and every value of the grid's setting, and keeps the value with
-the best number: the fewest images, or the lowest error. A run that misses the goal is behind all
-that reach it, ordered by its last training error. The other seeds run with that value only.
+the best number: the lowest error, or for each goal the fewest images. A run that misses a goal is
+behind all that reach it, ordered by its last training error. The other seeds run with the kept
+values only, each up to the last goal that it was kept for.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from cluster.cli.options import StudyOptions
 from cluster.experiments.study import results
 from cluster.experiments.study.config import WHOLE, Study, Variant, read_study
+from cluster.experiments.study.goals import StopRule
 from cluster.experiments.study.plot import draw_plot
-from cluster.experiments.study.results import Result, has_reached_goal, is_at_goal, read_result
+from cluster.experiments.study.results import Result, pick_best, read_result
 from cluster.experiments.study.runner import StudyRun, list_gpus, make_slots, run_side_by_side
 from cluster.experiments.study.subsets import make_subset
 from cluster.run.folder import CONFIG
@@ -37,7 +37,8 @@ from pipeline.tools.progress import Progress
 
 ResultsByVariant = dict[str, list[Result]]
 """Results by the name of their variant."""
-RANK = attrgetter("rank")
+Wanted = tuple[Variant, Mapping[Any, Sequence[float]]]
+"""A variant and the values of the grid that it is made with, each with the goals it is run for."""
 
 
 class StudyMaker:
@@ -65,51 +66,67 @@ class StudyMaker:
         first = study.seeds[:1] if study.grid[1] else study.seeds  # of a grid one seed has all
         rest = study.seeds[len(first) :]
         total = 0
+        most = len(study.goals)  # values that the other seeds may run with
         for one in study.variants:
             each = [self._plan(one, 0, value, {}).total for value in one.values]
-            total += len(first) * sum(each) + len(rest) * each[0]
+            total += len(first) * sum(each) + len(rest) * sum(each[:most])
         tried: ResultsByVariant = {}
         with Progress(study.name, total=total, unit="img") as progress:
             for stage in sort_stages(study.variants):
-                wanted = [(one, one.values) for one in stage]
+                wanted = [(one, dict.fromkeys(one.values, study.goals)) for one in stage]
                 tried |= self._make_runs(wanted, first, tried, progress)
-            kept = tried
-            if study.grid[1]:
-                kept = {name: [min(found, key=RANK)] for name, found in tried.items()}
+            best = {one.name: self._choose_values(one, tried[one.name]) for one in study.variants}
+            kept = {
+                name: [one for one in found if one.at in best[name]]
+                for name, found in tried.items()
+            }
+            for one in study.variants:  # fewer values may be kept
+                less = len(one.values[:most]) - len(best[one.name])
+                progress.skip(less * len(rest) * self._plan(one, 0, one.values[0], {}).total)
             for stage in sort_stages(study.variants) if rest else ():
-                best = [(one, (kept[one.name][0].at,)) for one in stage]
-                for name, found in self._make_runs(best, rest, kept, progress).items():
+                wanted = [(one, best[one.name]) for one in stage]
+                for name, found in self._make_runs(wanted, rest, kept, progress).items():
                     kept[name] += found
         shown = [one.name for one in study.shown]
         counted = [one for name in shown for one in kept[name]]
         others = (one for name, found in tried.items() if name in shown for one in found)
         return counted, [one for one in others if one not in counted]
 
+    def _choose_values(self, variant: Variant, tried: list[Result]) -> dict[Any, list[float]]:
+        """Return the values that are the best at some goal, with these goals."""
+        best: dict[Any, list[float]] = {}
+        for number, goal in enumerate(self._study.goals):
+            at = pick_best(self._study, variant, tried, number).at
+            best.setdefault(at, []).append(goal)
+        return best
+
     def _make_runs(
-        self, wanted: Sequence[tuple[Variant, Sequence[Any]]], seeds: Sequence[int],
+        self, wanted: Sequence[Wanted], seeds: Sequence[int],
         before: ResultsByVariant, progress: Progress,
     ) -> ResultsByVariant:  # fmt: skip
         """Make some variants with some values and seeds, side by side."""
         planned = [
-            (variant, self._plan(variant, seed, value, before))
+            (variant, goals, self._plan(variant, seed, value, before))
             for seed in seeds
             for variant, values in wanted
-            for value in values
+            for value, goals in values.items()
         ]
-        for _, run in planned:
+        runs = [run for _, _, run in planned]
+        for run in runs:
             run.check()
+        rivals: dict[Any, list[StudyRun]] = {}
+        for variant, goals, run in planned:
+            rivals.setdefault((variant.name, run.config.seed, tuple(goals)), []).append(run)
+        rule = StopRule(self._study, [(found, goals) for (*_, goals), found in rivals.items()])
         undone = [
-            run
-            for _, run in planned
-            if not (run.has_diverged or run.is_complete or has_reached_goal(self._study, run))
+            run for run in runs if not (run.has_diverged or run.is_complete or rule.is_enough(run))
         ]
-        progress.skip(sum(run.total for _, run in planned) - sum(one.images_left for one in undone))
+        progress.skip(sum(run.total for run in runs) - sum(one.images_left for one in undone))
         module = "cluster.train" if self._options.ray else "cluster.experiments.study.runner"
-        is_enough = partial(is_at_goal, self._study)
-        run_side_by_side(undone, self._slots, module, progress, is_enough)
+        run_side_by_side(undone, self._slots, module, progress, rule.is_enough)
         progress.skip(sum(one.images_left for one in undone))  # of runs that ended early
         found: ResultsByVariant = {variant.name: [] for variant, _ in wanted}
-        for variant, run in planned:
+        for variant, _, run in planned:
             found[variant.name].append(read_result(self._study, variant.name, run))
         return found
 
@@ -118,7 +135,8 @@ class StudyMaker:
         init = ""
         if variant.after:
             same = [one for one in before.get(variant.after, []) if one.run.config.seed == seed]
-            init = str(min(same, key=RANK).run.folder) if same else "?"
+            best = min(same, key=lambda one: one.rank_at(-1), default=None)
+            init = str(best.run.folder) if best else "?"
         config = study.make_config(variant, seed, value, init)
         if not self._options.ray:
             config = replace(config, columns_per_worker=2, replicas=1)
@@ -178,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         averages = results.measure_averages(study, [one.run for one in counted])
         found |= averages | {"rows": found["rows"] + averages["rows"]}
     plot = options.out / results.PLOT
-    draw_plot(study, counted, found, plot)
+    draw_plot(study, counted, others, found, plot)
     text = results.write_results(study, found, options.out)
     out = sys.stderr if options.json else sys.stdout
     out.write(f"{text}\n-> {options.out / results.TABLE}, {plot}\n")

@@ -3,7 +3,7 @@
 title, claim, paper, source     texts; `paper` is the number that the paper has
 base        config file, beside the study file
 seeds       seeds of the runs; weights, order and augmentation all follow from them
-measure     see `Measure`; `goal`, `window`: for `pictures`
+measure     see `Measure`; `window` and `goal`, an error or a falling list of them: for `pictures`
 plot        see `Plot`
 sizes       networks in an ensemble, for `nets`
 [settings]  settings of cluster.config for all runs, over the base
@@ -17,6 +17,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -32,7 +33,7 @@ from cluster.config import (
 from pipeline.tools.errors import UsageError
 
 Measure = Literal["pictures", "error", "gap", "nets"]
-"""pictures: images seen until the training error reaches `goal`; error: error on the validation
+"""pictures: images seen until the training error reaches a goal; error: error on the validation
 images after the last step; gap: that less the error on the training images, both of the whole
 network and the center view; nets: error of averages of as many networks as `sizes` says."""
 Plot = Literal["train", "val", "both", "nets"]
@@ -43,7 +44,6 @@ KINDS: dict[str, Any] = {
     **dict.fromkeys(("title", "claim", "paper", "source", "base"), str),
     "measure": Measure,
     "plot": Plot,
-    "goal": float,
     "window": float,
 }
 """Types of the keys that hold one value."""
@@ -94,7 +94,8 @@ class Study:
     seeds: tuple[int, ...]
     measure: Measure
     plot: Plot
-    goal: float = 0.25
+    goals: tuple[float, ...] = (0.25,)
+    """Training errors, falling; a run ends at the last one."""
     window: int = 0
     """Number of images that the training error is a mean over; 0: one pass over them."""
     sizes: tuple[int, ...] = ()
@@ -179,7 +180,7 @@ def _read_table(path: Path, depth: int = 0) -> dict[str, Any]:
 
 def _parse_study(name: str, table: dict[str, Any]) -> Study:
     """Check the table of a file key by key; a ValueError names the first that cannot be used."""
-    known = ({one.name for one in fields(Study)} | {"data"}) - {"name", "subsets"}
+    known = ({one.name for one in fields(Study)} | {"data", "goal"}) - {"name", "subsets", "goals"}
     if unknown := table.keys() - known:
         raise ValueError(f"no key {min(unknown)!r}; there are {', '.join(sorted(known))}")
     table = {"goal": 0.25, "window": 0} | table
@@ -196,11 +197,13 @@ def _parse_study(name: str, table: dict[str, Any]) -> Study:
             raise ValueError(f"{key} is no table; see cluster/config/presets/studies")
     subsets = {name: _parse_subset(name, one) for name, one in table.pop("data").items()}
     grid = _parse_grid(table["grid"])
+    goals = _parse_goals(table.pop("goal"))
     study = Study(
         **table
         | {
             "name": name,
             "base": Path(table["base"]),
+            "goals": goals,
             "seeds": _parse_numbers(table, "seeds"),
             "sizes": _parse_numbers(table, "sizes") if table["measure"] == "nets" else (),
             "window": int(table["window"]),
@@ -217,8 +220,6 @@ def _parse_study(name: str, table: dict[str, Any]) -> Study:
 def _check_study(study: Study) -> None:
     if not study.shown:
         raise ValueError("no [variants.NAME] to compare")
-    if not 0 < study.goal < 1:
-        raise ValueError(f"goal is {study.goal:g}; it takes an error above 0 and below 1")
     if study.measure == "nets":
         if not 1 <= min(study.sizes) <= max(study.sizes) <= len(study.seeds):
             raise ValueError(f"sizes is {list(study.sizes)}; there are {len(study.seeds)} seeds")
@@ -268,9 +269,7 @@ def _parse_settings(where: str, table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse_values(key: str, values: Sequence[Any]) -> tuple[Any, ...]:
-    for value in values:
-        _parse_settings("grid", {key: value})
-    return tuple(values)
+    return tuple(_parse_settings("grid", {key: value})[key] for value in values)
 
 
 def _parse_grid(table: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]]:
@@ -302,6 +301,15 @@ def _parse_subset(name: str, table: dict[str, Any]) -> DataSubset:
     if table.get("encoding", "jpeg") not in ("jpeg", "raw"):
         raise ValueError(f"[data.{name}] encoding is {table['encoding']!r}; it takes jpeg or raw")
     return DataSubset(**table | {"classes": (float(classes[0]), float(classes[1]))})
+
+
+def _parse_goals(value: object) -> tuple[float, ...]:
+    goals = value if isinstance(value, list) else [value]
+    if not goals or not all(is_of_type(one, float) and 0 < one < 1 for one in goals):
+        raise ValueError(f"goal is {value!r}; it takes errors above 0 and below 1")
+    if any(one <= after for one, after in pairwise(goals)):
+        raise ValueError(f"goal is {value!r}; each must be below the one before it")
+    return tuple(map(float, goals))
 
 
 def _parse_numbers(table: Mapping[str, Any], key: str) -> tuple[int, ...]:

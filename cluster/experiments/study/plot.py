@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cluster.experiments.study.config import Study
-from cluster.experiments.study.results import Curves, Result, read_curves
+from cluster.experiments.study.goals import Curves, read_curves
+from cluster.experiments.study.results import Result, format_factor
 from pipeline.tools.charts import save_figure, style_axes
 from pipeline.tools.files import atomic_write
 
@@ -19,12 +20,16 @@ if TYPE_CHECKING:
 DASHES = ("-", "--", "-.", ":")
 
 
-def draw_plot(study: Study, results: Sequence[Result], summary: dict[str, Any], path: Path) -> None:
+def draw_plot(
+    study: Study, results: Sequence[Result], others: Sequence[Result], summary: dict[str, Any],
+    path: Path,
+) -> None:  # fmt: skip
     """Draw the plot of a study into a PNG file.
 
     Args:
         study: names what is drawn.
         results: results of the runs that count.
+        others: results of the grid's other runs, drawn faintly where goals are compared.
         summary: content of study.json.
         path: of the PNG file.
     """
@@ -49,6 +54,8 @@ def draw_plot(study: Study, results: Sequence[Result], summary: dict[str, Any], 
         for axes in flat[panels:]:
             axes.set_visible(False)
         figure.supylabel("top-1 error", fontsize=9)
+    elif study.measure == "pictures":
+        _draw_goals(flat[0], study, results, others, summary)
     else:
         _draw_variants(flat[0], study, groups)
     figure.suptitle(f"{study.title}\npaper: {study.paper}", fontsize=10)
@@ -64,9 +71,43 @@ def _draw_variants(axes: Axes, study: Study, groups: dict[str, list[Curves]]) ->
     for number, (name, found) in enumerate(groups.items()):
         _draw_seeds(axes, found, is_train, f"C{number}", name, DASHES[number % len(DASHES)])
     axes.set_ylabel("training error rate" if is_train else "top-1 error, validation")
-    if study.measure == "pictures":
-        axes.axhline(study.goal, color="0.5", linewidth=0.8, linestyle=":")
     _finish_panel(axes)
+
+
+def _draw_goals(
+    axes: Axes, study: Study, results: Sequence[Result], others: Sequence[Result],
+    summary: dict[str, Any],
+) -> None:  # fmt: skip
+    """Training errors as in figure 1 of the paper, with a line at each goal and the factor there.
+
+    A variant has a line for each value of the grid that is the best at a goal, and faint lines for
+    the others.
+    """
+    images = max(one.run.images for one in results)
+    for number, variant in enumerate(study.shown):
+        color, dashes = f"C{number}", DASHES[number % len(DASHES)]
+        mine = [one for one in results if one.variant == variant.name]
+        for place, at in enumerate(dict.fromkeys(one.at for one in mine)):
+            found = [read_curves(study, one.run) for one in mine if one.at == at]
+            name = variant.name if at is None else f"{variant.name}, {study.grid[0]} {at}"
+            _draw_seeds(axes, found, True, color, name, dashes, 1.8 if place == 0 else 1.1)
+        for one in others:
+            if one.variant == variant.name:
+                curves = read_curves(study, one.run)
+                axes.plot(curves.train_at, curves.train, color=color, linewidth=0.6, alpha=0.35,
+                          linestyle=dashes)  # fmt: skip
+    axes.set_ylabel("training error rate")
+    _finish_panel(axes)
+    above = axes.secondary_xaxis("top", (lambda x: x / images, lambda x: x * images))
+    above.tick_params(labelsize=8, length=2)
+    above.set_xlabel("epochs", fontsize=8)
+    right = axes.get_xlim()[1]
+    for table in summary["goals"]:
+        axes.axhline(table["goal"], color="0.4", linewidth=0.9, linestyle=(0, (2, 3)))
+        factors = [f"{one['variant']} {text}" for one in table["variants"][1:]
+                   if (text := format_factor(one))]  # fmt: skip
+        text = f"{table['goal']:.0%}: {', '.join(factors) or 'no factor'}"
+        axes.text(right, table["goal"], text, fontsize=7, ha="right", va="bottom", color="0.25")
 
 
 def _draw_both(axes: Axes, name: str, found: list[Curves]) -> None:
@@ -94,8 +135,9 @@ def _draw_nets(axes: Axes, lines: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_seeds(
-    axes: Axes, found: Sequence[Curves], is_train: bool, color: str, name: str, dashes: str = "-"
-) -> None:
+    axes: Axes, found: Sequence[Curves], is_train: bool, color: str, name: str, dashes: str = "-",
+    width: float = 1.8,
+) -> None:  # fmt: skip
     """The mean over seeds, up to where the shortest ends, and each seed as a thin line."""
     lines = [(one.train_at, one.train) if is_train else (one.val_at, one.val) for one in found]
     known = [(x, y) for x, y in lines if len(x)]
@@ -108,7 +150,7 @@ def _draw_seeds(
     at = known[0][0] if is_same else np.linspace(first, last, 200)
     mean = np.mean([np.interp(at, x, y) for x, y in known], axis=0)
     axes.plot(
-        at, mean, color=color, linewidth=1.8, label=name, linestyle=dashes,
+        at, mean, color=color, linewidth=width, label=name, linestyle=dashes,
         marker="o" if not is_train and len(at) < 30 else None, markersize=3,
     )  # fmt: skip
 

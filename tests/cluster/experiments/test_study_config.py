@@ -63,6 +63,9 @@ def test_settings_come_from_base_study_variant_and_grid_in_this_order(tmp_path):
     assert a.values == (0.01, 0.02)
     (other,) = read_study(written(tmp_path, TEXT + "values = [0.1, 0.2, 0.4]\n")).variants[1:]
     assert other.values == (0.1, 0.2, 0.4)
+    assert study.goals == (0.25,)
+    for text, goals in (("0.5", (0.5,)), ("[0.45, 0.4]", (0.45, 0.4))):
+        assert read_study(written(tmp_path, f"goal = {text}\n{TEXT}")).goals == goals
 
 
 def test_a_variant_comes_after_the_one_it_starts_from(tmp_path):
@@ -80,6 +83,13 @@ def test_a_variant_comes_after_the_one_it_starts_from(tmp_path):
         ("title", "titel", "no key 'titel'"),
         ('measure = "pictures"', 'measure = "speed"', "measure is 'speed'; it takes pictures, "),
         ("seeds = [3, 4]", "seeds = [3, 3]", "seeds is [3, 3]; each must be there once"),
+        (
+            "seeds = [3, 4]",
+            "seeds = [3]\ngoal = [0.2, 0.4]",
+            "goal is [0.2, 0.4]; each must be below",
+        ),
+        ("seeds = [3, 4]", "seeds = [3]\ngoal = [0.2, 1.5]", "goal is [0.2, 1.5]; it takes errors"),
+        ("seeds = [3, 4]", "seeds = [3]\ngoal = []", "goal is []; it takes errors above 0 and"),
         ("seeds = [3, 4]", "seeds = []", "seeds is []; it takes a list of whole numbers"),
         ("width = 0.125", "widht = 0.125", "[settings] has 'widht', which is no setting"),
         ("width = 0.125", "width = true", "[settings] width is True, which that setting"),
