@@ -19,12 +19,19 @@ from pathlib import Path
 from typing import Any
 
 from cluster.cli.options import StudyOptions
+from cluster.config import fit_images
 from cluster.experiments.study import results
 from cluster.experiments.study.config import WHOLE, Study, Variant, read_study
 from cluster.experiments.study.goals import StopRule
 from cluster.experiments.study.plot import draw_plot
 from cluster.experiments.study.results import Result, pick_best, read_result
-from cluster.experiments.study.runner import StudyRun, list_gpus, make_slots, run_side_by_side
+from cluster.experiments.study.runner import (
+    StudyRun,
+    list_gpus,
+    load_manifest,
+    make_slots,
+    run_side_by_side,
+)
 from cluster.experiments.study.subsets import make_subset
 from cluster.run.folder import CONFIG
 from pipeline.dataset.record import read_address
@@ -140,6 +147,8 @@ class StudyMaker:
         config = study.make_config(variant, seed, value, init)
         if not self._options.ray:
             config = replace(config, columns_per_worker=2, replicas=1)
+        data = self._data[variant.data]
+        config = fit_images(config, load_manifest(data).side, data)  # as the run records it
         at = "" if value is None else f"-{study.grid[0]}{value}".replace("/", "_")
         name = f"{variant.name}{at}-{seed}"
         if config.store:  # a folder in it for each run
@@ -147,7 +156,7 @@ class StudyMaker:
         return StudyRun(
             name=name,
             config=config,
-            data=self._data[variant.data],
+            data=data,
             out=self._options.out.resolve(),
         )
 

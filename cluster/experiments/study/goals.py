@@ -17,6 +17,9 @@ from cluster.report.records import Floats, read_series
 from cluster.run.folder import METRICS, VALIDATION
 from cluster.run.jsonl import read_tail
 
+ROUNDING = 1e-6
+"""What a mean may be above a goal that it is at: rows have errors to six decimals."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Curves:
@@ -53,7 +56,7 @@ def _count_window_steps(study: Study, run: StudyRun) -> int:
 
 def count_images_to(goal: float, curves: Curves) -> float:
     """Count the images seen until the training error first reaches `goal`; NaN if it does not."""
-    below = np.flatnonzero(curves.train <= goal)
+    below = np.flatnonzero(curves.train <= goal + ROUNDING)
     return float(curves.train_at[below[0]]) if len(below) else math.nan
 
 
@@ -99,7 +102,7 @@ class StopRule:
         if len(rows) == window:
             error = float(np.mean([row.get("top1_error", 1.0) for row in rows]))
             for goal in self._goals[run.name]:
-                if error <= goal:
+                if error <= goal + ROUNDING:
                     self._reached[run.name].setdefault(goal, position)
         return all(self._is_decided(run, goal, position) for goal in self._goals[run.name])
 

@@ -18,12 +18,10 @@ from cluster.evaluate import evaluate
 from cluster.experiments.ensemble import ERRORS, KINDS, Ensemble, make_table
 from cluster.experiments.study.config import Study, Variant
 from cluster.experiments.study.goals import count_images_to, read_curves
-from cluster.experiments.study.runner import StudyRun
+from cluster.experiments.study.runner import StudyRun, load_manifest
 from cluster.report.records import read_series
 from cluster.run.folder import METRICS
 from cluster.run.probabilities import SavedProbabilities, probability_path
-from pipeline.dataset.manifest import Manifest
-from pipeline.remote.dataset import fetch_metadata
 from pipeline.tools.files import atomic_write
 from pipeline.tools.jsonl import parse_json
 
@@ -216,7 +214,7 @@ def summarize(study: Study, results: Sequence[Result], others: Sequence[Result])
 
 
 def _describe_scale(run: StudyRun) -> str:
-    classes = len(Manifest.load(fetch_metadata(run.data)).classes)
+    classes = len(load_manifest(run.data).classes)
     return (
         f"{run.images:,} training images of {classes} classes, width {run.config.design.width:g}, "
         f"at most {run.steps:,} steps of {run.config.batch_size}"

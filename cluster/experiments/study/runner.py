@@ -137,9 +137,14 @@ class StudyRun:
 
 
 @cache
+def load_manifest(data: str) -> Manifest:
+    """Load the manifest of a data set, once."""
+    return Manifest.load(fetch_metadata(data))
+
+
+@cache
 def _count_images(data: str) -> int:
-    folder = fetch_metadata(data)
-    return Manifest.load(folder).split("train", folder).samples
+    return load_manifest(data).split("train", fetch_metadata(data)).samples
 
 
 def _read_last_line(log: Path) -> str:

@@ -20,7 +20,10 @@ from PIL import Image
 from cluster.config import Config
 from cluster.experiments.study import runner
 from cluster.experiments.study.__main__ import main
+from cluster.run.folder import format_toml
+from pipeline.dataset.manifest import identity
 from pipeline.tools.errors import UsageError
+from tests.helpers.images import packed
 from tests.helpers.processes import start_command
 from tests.helpers.training_processes import REPOSITORY, marked, processes
 from tests.helpers.training_runs import alone, cut_at, learned, rows
@@ -201,6 +204,126 @@ after = "before"
     for name in ("scratch", "finetuned"):
         assert learned(out / f"{name}-3") == learned(tmp_path / name)
     assert learned(tmp_path / "scratch") != learned(tmp_path / "finetuned")
+
+
+GOALS = f"""
+title = "Units"
+claim = "ReLUs learn faster"
+paper = "6 times"
+source = "section 3.1"
+base = "base.toml"
+seeds = [0, 1]
+measure = "pictures"
+goal = [0.6, 0.4, 0.2]
+window = 16
+plot = "train"
+[settings]
+net = "four"
+columns = 1
+norm = "none"
+augment = false
+validate_every = 0
+{"".join(f"{key} = {json.dumps(SETTINGS[key])}{chr(10)}" for key in ("width", "batch_size"))}
+steps = 40
+[grid]
+lr = [0.01, 0.1]
+[variants.relu]
+[variants.tanh]
+activation = "tanh"
+"""
+# Error of a run is 1 - speed * step down to a floor: lr 0.1 is faster, and stays above 20 %.
+SPEEDS = {("relu", 0.01): (0.04, 0.0), ("relu", 0.1): (0.08, 0.3),
+          ("tanh", 0.01): (0.02, 0.0), ("tanh", 0.1): (0.025, 0.3)}  # fmt: skip
+
+
+def pretend_here(most: int):
+    """`run_side_by_side` that writes rows of `SPEEDS`, a step of each run in turn; `most` in all.
+
+    After `most` rows it is interrupted, as by Ctrl-C.
+    """
+    left = [most]
+
+    def run(runs, slots, module, progress, is_enough):
+        busy = list(runs)
+        while busy:
+            for one in list(busy):
+                speed, floor = SPEEDS[one.config.design.activation, one.config.lr]
+                one.folder.mkdir(exist_ok=True)
+                if not (one.folder / "config.toml").exists():
+                    (one.folder / "config.toml").write_text(
+                        format_toml(one.config, identity(Path(one.data)))
+                    )
+                step = one.position // 8 + 1
+                error = max(floor, 1 - speed * step + one.config.seed / 50)
+                row = {"position": 8 * step, "step": step, "img_s": 100.0, "top1_error": error}
+                with (one.folder / "metrics.jsonl").open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                if is_enough(one) or step == one.steps:
+                    busy.remove(one)
+                left[0] -= 1
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def small_data(image_folder, tmp_path_factory):
+    """The images at 32 pixels, which the small networks read as they are."""
+    out = tmp_path_factory.mktemp("small") / "data"
+    packed(out, train=image_folder / "train", val=image_folder / "val", size=32, encoding="raw")
+    return out
+
+
+def test_goals_have_factors_and_a_killed_study_comes_to_the_same(
+    small_data, tmp_path, monkeypatch, capsys
+):
+    study = str(written(tmp_path, GOALS))
+    told = []
+    for name, mosts in (("whole", [10**6]), ("killed", [3, 50, 45, 10**6])):
+        words = [study, "--data", str(small_data), "--out", str(tmp_path / name), "--json"]
+        for most in mosts:
+            monkeypatch.setattr(
+                "cluster.experiments.study.__main__.run_side_by_side", pretend_here(most)
+            )
+            if most < 10**6:
+                with pytest.raises(KeyboardInterrupt):
+                    main(words)
+        assert main(words) == 0
+        told.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    whole, killed = told
+    for key in ("goals", "variants", "spread"):
+        assert whole[key] == killed[key], key
+    first, second, last = whole["goals"]
+    assert [one["at"] for one in first["variants"]] == [0.1, 0.1]
+    assert [one["at"] for one in last["variants"]] == [0.01, 0.01]
+    # The mean of two steps is at the goal half a step later than a step is; seeds differ by 2 %.
+    assert first["variants"][0]["each"] == [8 * 6, 8 * 6]
+    assert first["variants"][1]["each"] == [8 * 17, 8 * 18]
+    assert second["variants"][1]["each"] == [8 * 25, 8 * 26]
+    relu, tanh = last["variants"]
+    assert relu["each"] == [8 * 21, 8 * 21]
+    assert tanh["each"] == [None, None]
+    assert tanh["above"] == pytest.approx(40 / 21)
+    lengths = {row["run"]: row["pictures"] for row in whole["rows"] + whole["grid"]}
+    assert lengths["relu-lr0.1-0"] == 8 * 21, "it ends when the other is at the last goal"
+    assert lengths["tanh-lr0.1-1"] == 8 * 26, "with the last goal that its rate is kept for"
+    text = (tmp_path / "whole" / "study.md").read_text()
+    for line in ("| 60% | `tanh` | 0.1 (edge of the grid) | 140 (136, 144) | 2.92× (2.83, 3.00) |",
+                 "| above 1.9× |", "not within 320 images (21.0% at the end)",
+                 "| `relu` | 0.1 | 48 | 64 | – | 168 |"):  # fmt: skip
+        assert line in text
+    assert np.asarray(Image.open(tmp_path / "whole" / "study.png")).shape[1] > 1000
+
+
+def test_a_study_of_small_images_resumes_its_own_runs(small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.experiments.study.__main__.run_side_by_side", run_here)
+    text = GOALS[: GOALS.index("[grid]")].replace("= 40", "= 2").replace("[0, 1]", "[0]")
+    study = str(written(tmp_path, text + "[variants.relu]\n"))
+    words = [study, "--data", str(small_data), "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        assert main(words) == 0
+    assert "image_size = 32\n" in (tmp_path / "out" / "relu-0" / "config.toml").read_text()
 
 
 def started(folder: Path, data: Path, steps: int) -> tuple[BaseProcess, str, Path]:
