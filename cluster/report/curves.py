@@ -133,15 +133,18 @@ def list_missing_curves(records: Records) -> list[str]:
     ]
 
 
-def draw_comparison(runs: Sequence[Records], letters: str) -> list[Chart]:
+def draw_comparison(
+    runs: Sequence[Records], letters: Sequence[str], quantities: Sequence[Quantity] = QUANTITIES
+) -> list[Chart]:
     """Draw each quantity of several runs on common axes.
 
     Args:
         runs: the runs; a run without steps has no line.
-        letters: a letter for each run, for the legends.
+        letters: a letter or name for each run, for the legends.
+        quantities: what is drawn, a chart each.
     """
     found = []
-    for quantity in QUANTITIES:
+    for quantity in quantities:
         tracks = [quantity.read(records) for records in runs]
         if not any(np.isfinite(values).any() for values in tracks):
             continue

@@ -18,13 +18,14 @@ from pathlib import Path
 
 from cluster.cli.options import EvidenceOptions
 from cluster.experiments.evidence.figures import make_neighbors, show_answers, show_kernels
-from cluster.experiments.evidence.items import make_results, make_studies
+from cluster.experiments.evidence.items import make_results
 from cluster.experiments.evidence.runs import (
     Evidence,
     describe_data,
     format_count,
     gather_evidence,
 )
+from cluster.experiments.evidence.studies import make_studies
 from cluster.report.page import load_templates
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, run
@@ -43,6 +44,7 @@ def make_page(paths: Sequence[Path], data: str = "") -> Evidence:
     evidence = gather_evidence(paths, data)
     for make in (make_results, show_kernels, show_answers, make_neighbors, make_studies):
         evidence.items += make(evidence)
+    evidence.items.sort(key=lambda item: item.weight)  # what says something comes first
     return evidence
 
 

@@ -96,6 +96,7 @@ def _compare_columns(
             + f"; 95 % of random splits are below {100 * chance:.0f} %",
             verdict=verdict,
             scale=describe_scale(group),
+            command=f"duet report {quote_path(group.first.path)}",
         )
 
 
@@ -136,6 +137,7 @@ def _count_answers(run: TrainedRun, found: Answers, group: SeedGroup) -> Item:
                 seeds=f"seed {run.config.seed}",
                 verdict="to be looked at",
                 scale=describe_scale(group),
+                command=f"duet evaluate {quote_path(run.path)} --views 10 --save-probabilities",
             )
         )
     return item
@@ -202,6 +204,7 @@ def _compare_neighbors(
     compare = partial(
         Comparison,
         group=group.letter,
+        command=f"duet neighbors {quote_path(run.path)} -k {facts['k']}",
         seeds=f"seed {run.config.seed}",
         scale=f"{describe_search(facts)}, {facts['units']:,} activations; {describe_scale(group)}",
     )
@@ -234,6 +237,7 @@ def _compare_codes(
                 what=f"{row['method']}, {row['bits']:,} bits: recall of the {facts['k']} exact "
                 "neighbours / of the same class",
                 group=group.letter,
+                command=f"duet codes {quote_path(run.path)}",
                 paper="not done",
                 ours=f"{100 * row['recall_at_k']:.1f} % / {100 * row['precision_at_k']:.1f} %",
                 seeds=f"seed {run.config.seed}",

@@ -1,24 +1,21 @@
-"""Items that are numbers: errors, ten views, single settings, speed, ensembles and studies."""
+"""Items that are numbers: errors, ten views, single settings, speed, the competition."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import permutations
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cluster.experiments.evidence import claims
-from cluster.experiments.evidence.claims import Ablation, Claim
-from cluster.experiments.evidence.figures import embed_images
+from cluster.experiments.evidence.claims import Ablation
 from cluster.experiments.evidence.runs import (
     Comparison,
     Evidence,
     Item,
     SeedGroup,
+    TrainedRun,
     describe_scale,
     quote_path,
 )
@@ -31,21 +28,12 @@ from cluster.experiments.evidence.significance import (
     compute_view_margins,
     format_points,
 )
+from cluster.report.curves import VALIDATIONS, draw_comparison
 from cluster.run.folder import CONFIG
-from cluster.run.probabilities import probability_path
 
 RANKS = (("top-1", "top1_error"), ("top-5", "top5_error"))
 VIEW_WORDS = {1: "one view", 10: "ten views"}
-WEIGHTS = {
-    "equal": "equal weights",
-    "searched": "weights searched on these images",
-    "held_out": "weights searched on the other half",
-}
 NOT_COMPARABLE = "another scale"
-DAMAGED = (KeyError, TypeError, ValueError, AttributeError)
-"""Exceptions that a result file with other contents raises."""
-SHARES = ("error", "gap")
-"""Measures of a study that are errors; the others count images."""
 
 
 def make_results(evidence: Evidence) -> Iterator[Item]:
@@ -63,13 +51,14 @@ def make_results(evidence: Evidence) -> Iterator[Item]:
         if item.rows:
             yield item
     for claim in claims.ABLATIONS:
-        item = _show_ablation(claim, evidence.groups)
+        item = _show_ablation(claim, evidence)
         if item.rows:
             yield item
         elif evidence.groups:
             _ask_for_ablation(claim, evidence)
     if evidence.groups:
         yield _show_speed(evidence.groups)
+        yield _show_competition(evidence.groups)
 
 
 def _collect_errors(group: SeedGroup, views: int) -> tuple[dict[str, Spread], float]:
@@ -90,8 +79,20 @@ def _count_seeds(count: int) -> str:
     return f"{count} seed{'s' if count > 1 else ''}"
 
 
+MOST_CURVES = 6
+"""Runs that a chart has a line for: as many as there are colors."""
+
+
+def _draw_errors(groups: Iterable[SeedGroup]) -> dict[str, Any]:
+    """Return the chart of validation errors over the images seen, as fields of `Item`."""
+    runs = [(group.letter, run) for group in groups for run in group.runs][:MOST_CURVES]
+    names = [f"{letter}, {run.name}" for letter, run in runs]
+    charts = draw_comparison([run.records for _, run in runs], names, VALIDATIONS[1:2])
+    return {"kind": "charts", "body": charts}
+
+
 def _show_errors(groups: Sequence[SeedGroup]) -> Item:
-    item = Item(claims.ERRORS)
+    item = Item(claims.ERRORS, **_draw_errors(groups))
     for group in groups:
         for views in (1, 10):
             found, images = _collect_errors(group, views)
@@ -111,9 +112,14 @@ def _show_errors(groups: Sequence[SeedGroup]) -> Item:
                     seeds=f"{_count_seeds(len(found['top1_error'].values))} ({each})",
                     verdict=NOT_COMPARABLE if scale != "none" else "the same scale",
                     scale=f"{scale}; {images:,.0f} images counted",
+                    command=_command_evaluation(group, views),
                 )
             )
     return item
+
+
+def _command_evaluation(group: SeedGroup, views: int) -> str:
+    return f"duet evaluate {quote_path(group.first.path)} --views {views} --save-probabilities"
 
 
 def _show_views(groups: Sequence[SeedGroup]) -> Item:
@@ -143,7 +149,8 @@ def _show_views(groups: Sequence[SeedGroup]) -> Item:
             each = [format_points(ten - one) for ten, one in zip(tens, ones, strict=True)]
             seeds = f"{_count_seeds(len(each))} ({', '.join(each)})"
             what = f"{rank} error, ten views less one"
-            item.rows.append(_compare(what, group.letter, gap, expected, seeds, group))
+            command = f"{_command_evaluation(group, 1)}, and with --views 10"
+            item.rows.append(_compare(what, group.letter, gap, expected, seeds, group, command))
     item.notes.append(
         "±: 95 %, over images: those that change sides, where the probabilities of both were "
         "kept (McNemar), else as if each had been counted on others; from three seeds on over "
@@ -153,8 +160,9 @@ def _show_views(groups: Sequence[SeedGroup]) -> Item:
 
 
 def _compare(
-    what: str, letters: str, gap: Difference, expected: float | None, seeds: str, group: SeedGroup
-) -> Comparison:
+    what: str, letters: str, gap: Difference, expected: float | None, seeds: str,
+    group: SeedGroup, command: str,
+) -> Comparison:  # fmt: skip
     return Comparison(
         what=what,
         group=letters,
@@ -163,6 +171,7 @@ def _compare(
         seeds=seeds,
         verdict=gap.judge(expected),
         scale=describe_scale(group),
+        command=command,
     )
 
 
@@ -182,9 +191,11 @@ def find_pairs(
             yield group, other
 
 
-def _show_ablation(claim: Ablation, groups: Sequence[SeedGroup]) -> Item:
+def _show_ablation(claim: Ablation, evidence: Evidence) -> Item:
+    groups = evidence.groups
     item = Item(claim)
-    for group, other in find_pairs(claim, groups):
+    pairs = list(find_pairs(claim, groups))
+    for group, other in pairs:
         for views in (10, 1):
             ours, images = _collect_errors(group, views)
             theirs, other_images = _collect_errors(other, views)
@@ -199,8 +210,20 @@ def _show_ablation(claim: Ablation, groups: Sequence[SeedGroup]) -> Item:
             both = (ours[name], theirs[name])
             gap = compare_groups(*both, min(images, other_images))
             seeds = " − ".join(f"{one} ({_count_seeds(len(one.values))})" for one in both)
-            item.rows.append(_compare(what, letters, gap, expected, seeds, group))
+            command = _command_ablation(claim, evidence, group.first)
+            item.rows.append(_compare(what, letters, gap, expected, seeds, group, command))
+    if item.rows:
+        shown = {group.letter: group for pair in pairs for group in pair}
+        item.kind, item.body = _draw_errors(shown.values()).values()
     return item
+
+
+def _command_ablation(claim: Ablation, evidence: Evidence, run: TrainedRun) -> str:
+    """Return the command of a run without the paper's choice, from one that has it."""
+    return (
+        f"duet train {quote_path(run.path / CONFIG)} --data {evidence.quote_data(run)} "
+        f"--run {quote_path(f'{run.path}-{claim.key}')} {claim.command}"
+    )
 
 
 def _ask_for_ablation(claim: Ablation, evidence: Evidence) -> None:
@@ -208,9 +231,7 @@ def _ask_for_ablation(claim: Ablation, evidence: Evidence) -> None:
     run = next((one for one in runs if one.settings[claim.setting] == claim.paper_has), runs[0])
     evidence.add_missing(
         claim.title,
-        f"duet train {quote_path(run.path / CONFIG)} "
-        f"--data {evidence.quote_data(run)} "
-        f"--run {quote_path(f'{run.path}-{claim.key}')} {claim.command}",
+        _command_ablation(claim, evidence, run),
         f"no two groups of runs differ in {claim.setting} alone; for the spread repeat it "
         "with --seed of each run",
     )
@@ -237,176 +258,48 @@ def _show_speed(groups: Sequence[SeedGroup]) -> Item:
                 seeds=f"seed{'s' if len(group.runs) > 1 else ''} {seeds}",
                 verdict="another machine",
                 scale=f"{where}; {describe_scale(group)}",
+                command=f"duet report {quote_path(group.first.path)}",
             )
         )
     return item
 
 
-def make_studies(evidence: Evidence) -> Iterator[Item]:
-    """Yield an item for all ensembles, and one for each study that was found."""
-    item = Item(claims.ENSEMBLE, kind="images", body=[])
-    for path, table in evidence.ensembles:
-        try:
-            source = f"{path.resolve().parent.name}/{path.name}"
-            rows = [replace(row, seeds=f"{source}: {row.seeds}") for row in _show_ensemble(table)]
-            item.rows += rows
-            item.body += embed_images([path.parent / str(table["plot"])] if "plot" in table else [])
-        except DAMAGED as error:
-            evidence.skipped.append(
-                f"{path} is no result of cluster.experiments.ensemble ({error!r}); make it again."
-            )
-    if item.rows:
-        yield item
-    elif evidence.runs:
-        _ask_for_ensemble(evidence)
-    for path, table in evidence.studies:
-        try:
-            yield _show_study(path, table)
-        except DAMAGED as error:
-            evidence.skipped.append(f"{path} is no result of a study ({error!r}); make it again.")
-    if not evidence.studies:
-        evidence.add_missing(
-            "Studies: ReLU against tanh, normalisations, overfitting, pre-training",
-            "duet study STUDY --data DATA --out OUT, then this page with OUT",
+def _show_competition(groups: Sequence[SeedGroup]) -> Item:
+    """Show the published results of the competition, which runs on its 1,000 classes may test."""
+    item = Item(claims.COMPETITION)
+    found = [
+        (float(errors["top5_error"]), group, run, views)
+        for group in groups
+        for run in group.runs
+        for views in (10, 1)
+        if len(run.checkpoint.classes) == claims.CLASSES and (errors := run.find_errors(views))
+    ]
+    item.rows.append(
+        Comparison(
+            what="top-1 / top-5 error of 7 networks, two of them pre-trained (7 CNNs*), ten views",
+            paper=claims.SEVEN_ERRORS,
+            ours="not made",
+            verdict="not tested: takes two networks pre-trained on 22,000 classes, and five others",
+            command="duet train pretrain2009 and pretrain2011, then finetune, each with --data and "
+            "--run; duet ensemble of these two and five runs of dexp",
         )
-
-
-def _ask_for_ensemble(evidence: Evidence) -> None:
-    runs = max((group.runs for group in evidence.groups), key=len)
-    names = " ".join(quote_path(run.path) for run in runs) + ("" if len(runs) > 1 else " RUN")
-    lacking = [run for run in runs if not probability_path(run.path, 10).is_file()]
-    why = f"{len(runs)} run{'s' if len(runs) > 1 else ''} of one kind, the paper averages five"
-    if lacking:
-        why += f"; {len(lacking)} without --save-probabilities of ten views"
-    out = runs[0].path.parent / "ensemble.json"
-    command = f"duet ensemble {names} --out {quote_path(out)}"
-    evidence.add_missing(claims.ENSEMBLE.title, command, why)
-
-
-def _show_ensemble(table: Mapping[str, Any]) -> Iterator[Comparison]:
-    """Yield a row for each average; they are compared with a single network."""
-    count = table.get("samples")
-    known = [table.get("scale"), f"{count:,} images counted" if count else None]
-    single: list[float] | None = None
-    for what, nets, found, seeds in _list_averages(table):
-        gain, verdict = "", NOT_COMPARABLE
-        if single is not None:
-            gains = [format_points(one - other) for one, other in zip(found, single, strict=True)]
-            gain = f" ({gains[0]} / {gains[1]} points)"
-            margin = compute_binomial_margin(found[0], single[0], count) if count else 0.0
-            if abs(found[0] - single[0]) <= margin:
-                verdict = "cannot be told from chance (of the images)"
-            elif found[0] >= single[0]:
-                verdict = "not lower: contrary to the paper"
-            else:
-                verdict = "as the paper says" if count else "lower (of how many images is not told)"
-            verdict += " (flattered: fitted to them)" if WEIGHTS["searched"] in what else ""
-        elif nets == 1:
-            single = found
-        yield Comparison(
-            what=f"top-1 / top-5 error of {what}",
-            paper=claims.ENSEMBLE_ERRORS.get(nets, "not given"),
-            ours=f"{100 * found[0]:.1f} % / {100 * found[1]:.1f} %{gain}",
-            seeds=seeds,
-            verdict=verdict,
-            scale="; ".join([*filter(None, known), f"{table['views']} views"]),
-        )
-
-
-def _list_averages(table: Mapping[str, Any]) -> Iterator[tuple[str, int, list[float], str]]:
-    """Yield what was averaged, how many networks, top-1 and top-5 error, and the runs of each.
-
-    A result has one average of all runs, or a table of several sizes.
-    """
-    if "sizes" not in table:
-        runs, kind = table["runs"], "searched" if table.get("searched") else "equal"
-        each = ", ".join(f"{100 * run['top1_error']:.1f}" for run in runs)
-        means = [sum(run[name] for run in runs) / len(runs) for _, name in RANKS]
-        yield "1 network (mean)", 1, means, f"{len(runs)} networks (top-1: {each})"
-        found = [table["average"][name] for _, name in RANKS]
-        yield f"{len(runs)} networks, {WEIGHTS[kind]}", len(runs), found, "1 average"
-        return
-    for line in table["sizes"]:
-        nets, ways = line["nets"], line["combinations"]
-        for kind, words in WEIGHTS.items():
-            found = [line[kind][name] for _, name in RANKS]
-            deviation = line[kind].get("top1_error_sd")
-            seeds = f"{ways} combination{'s' if ways > 1 else ''}"
-            seeds += f" (top-1 ± {100 * deviation:.1f})" if deviation else ""
-            if nets == 1:  # weights make no difference
-                yield "1 network", 1, found, seeds
-                break
-            yield f"{nets} networks, {words}", nets, found, seeds
-
-
-def _show_study(path: Path, table: Mapping[str, Any]) -> Item:
-    """Show a study with its own claim; its variants are compared with the first one."""
-    claim = Claim(
-        key=f"study-{table['study']}",
-        title=f"Study: {table.get('title') or table['study']}",
-        section=str(table.get("source") or ""),
-        text=str(table.get("claim") or ""),
-        number=str(table.get("paper") or "no number"),
     )
-    item = Item(claim, kind="images", body=embed_images([path.parent / str(table.get("plot", ""))]))
-    measure = str(table.get("measure") or table["rows"][0]["measure"])
-    goal = f"{table['goal']:.0%} training error" if table.get("goal") else "the goal"
-    number = {
-        "pictures": f"images to {goal}",
-        "error": "top-1 validation error",
-        "gap": "validation less training error",
-    }.get(measure, measure)
-    factor = 100 if measure in SHARES else 1
-    first: tuple[str, Spread] | None = None
-    for name in dict.fromkeys(str(row["variant"]) for row in table["rows"]):
-        mine = [row for row in table["rows"] if str(row["variant"]) == name]
-        values = [row["value"] if _is_number(row.get("value")) else None for row in mine]
-        known = tuple(float(value) for value in values if value is not None)
-        whole = Spread(known) if known else None
-        each = ["not reached" if one is None else f"{factor * one:,.4g}" for one in values]
-        rates = ", ".join(dict.fromkeys(f"{row['lr']:g}" for row in mine if row.get("lr")))
-        item.rows.append(
-            Comparison(
-                what=f"{name}{f', lr {rates}' if rates else ''}: {number}",
-                paper=claim.number,
-                ours=_format_mean(measure, whole),
-                seeds=f"{len(known)} of {len(mine)} seeds ({', '.join(each)})",
-                verdict=_compare_variant(measure, whole, len(mine), first),
-                scale=str(table.get("scale") or ""),
-            )
+    best = min(found, key=lambda one: one[0], default=None)
+    ours, scale, command = "no run on the 1,000 classes has been evaluated", "", ""
+    if best is not None:
+        error, group, run, views = best
+        ours = f"{100 * error:.1f} % ({run.name}, {VIEW_WORDS[views]}, validation)"
+        scale, command = describe_scale(group), _command_evaluation(group, views)
+    words = "" if best is None else "below that, " if best[0] < claims.SECOND_BEST else "above, "
+    item.rows.append(
+        Comparison(
+            what="top-5 error beside that of the second-best entry of 2012",
+            group="" if best is None else best[1].letter,
+            paper=f"{100 * claims.SECOND_BEST:.1f} % (test)",
+            ours=ours,
+            verdict=f"{words}on other images: the test labels are not public",
+            scale=scale,
+            command=command,
         )
-        if first is None and whole is not None and len(known) == len(mine):
-            first = (name, whole)
+    )
     return item
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _format_mean(measure: str, found: Spread | None) -> str:
-    if found is None:
-        return "not reached"
-    if measure in SHARES:
-        return str(found)
-    spread = "" if found.deviation is None else f" ± {found.deviation:,.4g}"
-    return f"{found.mean:,.5g}{spread}"
-
-
-def _compare_variant(
-    measure: str, found: Spread | None, runs: int, first: tuple[str, Spread] | None
-) -> str:
-    """Compare a variant of a study with the first one."""
-    if first is None:
-        return "no verdict: not reached" if found is None else "what the others are compared with"
-    name, other = first
-    if found is None or len(found.values) < runs:
-        return f"not reached by all, {name} was"
-    gap = compare_groups(found, other, None)
-    if measure in SHARES:
-        size = f"{gap} against {name}"
-    else:
-        size = f"{found.mean / other.mean:.2f} times {name}" if other.mean else ""
-    if gap.margin is None:
-        return f"{size}; no verdict: one seed each"
-    return size if gap.is_significant else f"{size}; cannot be told from chance"

@@ -24,6 +24,11 @@ from pipeline.tools.jsonl import parse_json
 
 STUDY = "study.json"
 COUNTED = ("top1_error", "top5_error", "samples")
+DECIDED = ("as the paper says", "contrary to the paper", "above chance", "beyond a random split",
+           "lower error", "higher error", " times ", " against ")  # fmt: skip
+"""Parts of the verdicts that say something about a claim."""
+UNDECIDED = ("from chance", "no verdict", "not reached", "not above", "not beyond")
+"""Parts of the verdicts that leave a claim open, whatever else they say."""
 MAY_DIFFER = {"seed", "epochs", *CHANGEABLE}
 """Settings that runs of a group may differ in; their length is compared by their step."""
 
@@ -113,6 +118,18 @@ class Comparison:
     verdict: str
     scale: str = ""
     """Differences in scale from the paper's runs."""
+    command: str = ""
+    """Command that makes the number, with the runs that it is made from."""
+
+    @property
+    def weight(self) -> int:
+        """Sort key: 0 for a verdict on the claim, 1 where chance or the seeds allow none, else 2.
+
+        The last are numbers of another scale, another machine, or to be looked at.
+        """
+        if any(words in self.verdict for words in UNDECIDED):
+            return 1
+        return 0 if any(words in self.verdict for words in DECIDED) else 2
 
 
 @dataclass
@@ -125,6 +142,16 @@ class Item:
     """Part of the template that shows `body`: kernels, answers or images; "": none."""
     body: Any = None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def weight(self) -> int:
+        """Sort key: that of the row that says most."""
+        return min((row.weight for row in self.rows), default=3)
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands of the rows, each once."""
+        return list(dict.fromkeys(row.command for row in self.rows if row.command))
 
     def as_json(self) -> dict[str, Any]:
         """The item for `--json`, without images."""

@@ -12,6 +12,7 @@ values only, each up to the last goal that it was kept for.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -80,7 +81,9 @@ class StudyMaker:
         tried: ResultsByVariant = {}
         with Progress(study.name, total=total, unit="img") as progress:
             for stage in sort_stages(study.variants):
-                wanted = [(one, dict.fromkeys(one.values, study.goals)) for one in stage]
+                wanted: list[Wanted] = [
+                    (one, dict.fromkeys(one.values, study.goals)) for one in stage
+                ]
                 tried |= self._make_runs(wanted, first, tried, progress)
             best = {one.name: self._choose_values(one, tried[one.name]) for one in study.variants}
             kept = {
@@ -201,6 +204,8 @@ def main(argv: list[str] | None = None) -> int:
     with hint_resume(f"{options.out} keeps the runs"):
         counted, others = StudyMaker(options, study).make()
     found = results.summarize(study, counted, others)
+    words = ["duet", "study", str(options.study), "--data", options.data]
+    found["command"] = shlex.join([*words, "--ray"] if options.ray else words)
     if study.measure == "nets":
         averages = results.measure_averages(study, [one.run for one in counted])
         found |= averages | {"rows": found["rows"] + averages["rows"]}

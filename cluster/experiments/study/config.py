@@ -304,7 +304,7 @@ def _parse_subset(name: str, table: dict[str, Any]) -> DataSubset:
 
 
 def _parse_goals(value: object) -> tuple[float, ...]:
-    goals = value if isinstance(value, list) else [value]
+    goals: list[Any] = value if isinstance(value, list) else [value]
     if not goals or not all(is_of_type(one, float) and 0 < one < 1 for one in goals):
         raise ValueError(f"goal is {value!r}; it takes errors above 0 and below 1")
     if any(one <= after for one, after in pairwise(goals)):

@@ -18,7 +18,7 @@ from cluster.run.folder import METRICS, VALIDATION
 from cluster.run.jsonl import read_tail
 
 ROUNDING = 1e-6
-"""What a mean may be above a goal that it is at: rows have errors to six decimals."""
+"""Tolerance of the comparison with a goal: rows have errors to six decimals."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,7 +98,9 @@ def _draw_goals(
                           linestyle=dashes)  # fmt: skip
     axes.set_ylabel("training error rate")
     _finish_panel(axes)
-    above = axes.secondary_xaxis("top", (lambda x: x / images, lambda x: x * images))
+    above = axes.secondary_xaxis(
+        "top", (lambda x: np.asarray(x) / images, lambda x: np.asarray(x) * images)
+    )
     above.tick_params(labelsize=8, length=2)
     above.set_xlabel("epochs", fontsize=8)
     right = axes.get_xlim()[1]

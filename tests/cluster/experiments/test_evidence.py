@@ -230,6 +230,84 @@ def test_a_study_is_told_with_its_own_claim(tmp_path):
         "not reached by all, relu was",
     )  # fmt: skip
     assert "ReLU & tanh" in html_of(page, tmp_path).text
+    assert {row.command for row in (relu, tanh, slow)} == {
+        f"duet study figure1 --out {tmp_path}/figure1"
+    }
+
+
+def test_a_study_with_goals_has_its_factor_at_each(tmp_path):
+    def variant(name: str, at: float, each: list[float | None], **more: Any) -> dict[str, Any]:
+        reached = sum(one is not None for one in each)
+        unknown = {"against_first": None, "factors": None, "above": None}
+        return {"variant": name, "at": at, "n": 2, "came_to_it": reached, "each": each,
+                **unknown, **more}  # fmt: skip
+
+    goals = [
+        {"goal": 0.45, "variants": [
+            variant("relu", 0.003, [100, 120]),
+            variant("tanh", 0.01, [300, 420], against_first=3.27, factors=[3.0, 3.5])]},
+        {"goal": 0.25, "variants": [
+            variant("relu", 0.003, [400, 440]),
+            variant("tanh", 0.03, [None, 2000], above=3.6)]},
+    ]  # fmt: skip
+    command = "duet study small/figure1 --data c"
+    page = make_page([study(tmp_path / "figure1", goals=goals, command=command)])
+    first, second, third, last = rows(page, "study-figure1")
+    assert (first.what, first.ours) == (
+        "relu, 0.003: images to 45% training error", "110 ± 14.14",
+    )  # fmt: skip
+    assert (second.verdict, second.seeds) == (
+        "3.27 times relu (3.00, 3.50)", "2 of 2 seeds (300, 420)",
+    )  # fmt: skip
+    assert third.ours == "420 ± 28.28"
+    assert (last.ours, last.verdict, last.seeds) == (
+        "not reached", "more than 3.6 times relu", "1 of 2 seeds (not reached, 2,000)",
+    )  # fmt: skip
+    assert last.command == f"{command} --out {tmp_path}/figure1"
+    assert page.items[0].weight == 0
+
+
+def test_what_says_something_comes_first(three):
+    page = make_page(three)
+    weights = [item.weight for item in page.items]
+    assert weights == sorted(weights)
+    keys = [item.claim.key for item in page.items]
+    assert {"views", "lrn"} == {item.claim.key for item in page.items if item.weight == 0}
+    assert keys.index("lrn") < keys.index("kernels") < keys.index("errors")
+    assert all(row.seeds and row.command for item in page.items for row in item.rows
+               if item.claim.key != "competition")  # fmt: skip
+
+
+def test_the_competition_has_its_rows(three, make, monkeypatch):
+    seven, second = rows(make_page(three), "competition")
+    assert "36.7 % / 15.4 %" in seven.paper
+    assert "15.3 %" in seven.paper
+    assert seven.verdict.startswith("not tested")
+    assert (second.paper, second.group) == ("26.2 % (test)", "")
+    assert second.ours == "no run on the 1,000 classes has been evaluated"
+    monkeypatch.setattr("cluster.experiments.evidence.claims.CLASSES", len(CLASSES))
+    _, second = rows(make_page(three), "competition")
+    assert second.ours == "2.8 % (s0, ten views, validation)"
+    assert second.verdict == "below that, on other images: the test labels are not public"
+    assert second.command.endswith("s0 --views 10 --save-probabilities")
+
+
+def test_validation_curves_are_drawn_where_errors_are_compared(make):
+    runs = [make(f"{norm}{seed}", {1: 0.3}, seed=seed, norm=norm)
+            for norm in ("lrn", "none") for seed in (0, 1)]  # fmt: skip
+    for run in runs:
+        lines = [{"position": 128 * step, "step": step, "top1_error": 0.9 - step / 100,
+                  "top5_error": 0.1, "samples": 800} for step in (20, 40, 60)]  # fmt: skip
+        (run / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    page = make_page(runs)
+    for key in ("errors", "lrn"):
+        (item,) = [item for item in page.items if item.claim.key == key]
+        (chart,) = item.body
+        assert chart.title == "Validation top-1 error"
+        assert [name for name, _, _ in chart.legend] == [
+            f"{letter}, {run.name} 30 %" for letter, run in zip("AABB", runs, strict=True)
+        ]
+    assert "<svg" in render(page)
 
 
 def test_ensembles_of_both_forms(tmp_path, make):

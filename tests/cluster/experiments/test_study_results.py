@@ -33,7 +33,7 @@ STUDY = Study(
 
 
 def made(folder: Path, data: Path, errors: list[float], name: str = "relu-0", **more) -> StudyRun:
-    """A run whose steps had these errors; the last ones, unless `steps` says otherwise."""
+    """A run whose steps so far had these errors."""
     config = Config.from_settings({"batch_size": BATCH, "steps": len(errors)} | more)
     run = StudyRun(name=name, config=config, data=str(data), out=folder)
     run.folder.mkdir()
