@@ -103,13 +103,13 @@ def _draw_goals(
     )
     above.tick_params(labelsize=8, length=2)
     above.set_xlabel("epochs", fontsize=8)
-    right = axes.get_xlim()[1]
     for table in summary["goals"]:
         axes.axhline(table["goal"], color="0.4", linewidth=0.9, linestyle=(0, (2, 3)))
         factors = [f"{one['variant']} {text}" for one in table["variants"][1:]
                    if (text := format_factor(one))]  # fmt: skip
         text = f"{table['goal']:.0%}: {', '.join(factors) or 'no factor'}"
-        axes.text(right, table["goal"], text, fontsize=7, ha="right", va="bottom", color="0.25")
+        axes.text(1.01, table["goal"], text, transform=axes.get_yaxis_transform(), fontsize=7,
+                  ha="left", va="center", color="0.25")  # fmt: skip
 
 
 def _draw_both(axes: Axes, name: str, found: list[Curves]) -> None:
