@@ -13,13 +13,15 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any, Concatenate, NoReturn, ParamSpec, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from pipeline.dataset.segments import Segment, find_divergence, parse_segments
 from pipeline.remote.local import LocalDataset
 from pipeline.stream.config import Crop, StreamConfig
-from pipeline.stream.decode import DecodedBatch, can_keep_crops
+from pipeline.stream.decode import DecodedBatch
 from pipeline.stream.fields import StoredSample
 from pipeline.stream.ledger.format import LedgerHeader
 from pipeline.stream.ledger.writer import Ledger
@@ -382,23 +384,23 @@ class Stream:
         """Open the ledger that a config names, or close the stream and raise."""
         assert config.ledger
         try:
-            selection = self._reader.selection
-            keeps_crops = can_keep_crops(config, self._reader.shard_reader.encoding)
-            header = LedgerHeader.of(config, selection, of_crops=keeps_crops)
+            selection, encoding = self._reader.selection, self._reader.shard_reader.encoding
+            header = LedgerHeader.of(config, selection, encoding)
             return Ledger(Path(config.ledger), header, selection)
         except BaseException:
             self.close()
             raise
 
-    @staticmethod
-    def _record(ledger: Ledger, encoded: EncodedBatch, decoded: DecodedBatch) -> None:
-        """Record a batch, by its crops if the decoder keeps them, else by its pixels."""
-        place, given = (encoded.first, encoded.due, encoded.ids), encoded.input
-        if decoded.crops is None:
-            ledger.record(*place, decoded.images)
-        else:
-            rest = given.flip, given.mean, given.divisor
-            ledger.record(*place, decoded.crops, [one for one in rest if one is not None])
+    def _record(self, ledger: Ledger, encoded: EncodedBatch, decoded: DecodedBatch) -> None:
+        """Record a batch: its pixels, or its crops, and what else its checksums are made of."""
+        given, pixels, facts = encoded.input, decoded.images, list[npt.NDArray[Any] | None]()
+        if ledger.checksum == "stored-crc32":
+            crcs = self._reader.shard_reader.read_crcs(encoded.ids).astype(np.uint32)
+            facts = [crcs, given.x, given.y, given.flip, given.mean, given.divisor]
+        elif decoded.crops is not None:
+            pixels, facts = decoded.crops, [given.flip, given.mean, given.divisor]
+        known = [one for one in facts if one is not None]
+        ledger.record(encoded.first, encoded.due, encoded.ids, pixels, known)
 
     def _restart_without(self, loader: Loader, failure: DecodeFailure) -> None:
         """Restart at the batch that failed, without the samples that cannot be decoded."""

@@ -302,3 +302,16 @@ def _map_rows(path: Path, dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
     if not fits or len(rows) != count:
         raise DamagedFile(path, f"it is no table of {count:,} samples")
     return np.asarray(rows)
+
+
+def choose_sample(key: str, found: Sequence[int], split: str) -> int:
+    """Return the only sample that was found by a key.
+
+    Raises:
+        KeyError: there is none, or several; the message is one line.
+    """
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise KeyError(f"split {split} has {key!r} more than once; give an id, as {found[:2]}")
+    raise KeyError(f"split {split} has no sample {key!r:.200}")

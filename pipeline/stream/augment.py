@@ -28,8 +28,8 @@ _WORDS = 1 << 14
 
 def random_uint64(
     seed: int, epochs: Ids, ids: Ids, count: int, skip: int = 0, name: str = ""
-) -> list[Uint64s]:
-    """Return numbers `skip` .. `skip + count` of each sample's generator: uniform uint64 [b] each.
+) -> Uint64s:
+    """Return numbers `skip` .. `skip + count` of each sample's generator: uniform [count, b].
 
     Args:
         seed: 0 or more.
@@ -46,7 +46,7 @@ def random_uint64(
             word = hashlib.sha256(name.encode()).digest()[:8]
             state = _mix(state + np.uint64(int.from_bytes(word, "little")))
         steps = np.arange(skip + 1, skip + count + 1, dtype=np.uint64) * _GOLDEN
-        return list(_mix(state + steps[:, None]))  # one by one they took five times as long
+        return _mix(state + steps[:, None])  # one by one they took five times as long
 
 
 def scale_to_range(word: Uint64s, limit: int | Ids) -> Ids:
@@ -154,20 +154,19 @@ def draw_regions(
     """
     rows, columns = (np.broadcast_to(np.asarray(side, np.int64), len(ids)) for side in stored)
     drawn = random_uint64(seed, epochs, ids, 2 * ATTEMPTS + 2, name="resized crop")
-    units = to_unit(np.stack(drawn[: 2 * ATTEMPTS], axis=1))
-    area = (rows * columns)[:, None] * (scale[0] + units[:, 0::2] * (scale[1] - scale[0]))
+    units = to_unit(drawn[: 2 * ATTEMPTS])
+    area = rows * columns * (scale[0] + units[0::2] * (scale[1] - scale[0]))
     low, high = math.log(ratio[0]), math.log(ratio[1])
     # exp differs in the last bit between processors: keep only bits that do not.
-    aspect = _coarsen(np.exp(low + units[:, 1::2] * (high - low)))
+    aspect = _coarsen(np.exp(low + units[1::2] * (high - low)))
     widths = np.rint(np.sqrt(area * aspect)).astype(np.int64)
     heights = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-    fits = (widths > 0) & (widths <= columns[:, None])
-    fits &= (heights > 0) & (heights <= rows[:, None])
-    first, every = fits.argmax(1), np.arange(len(ids))
-    width, height = widths[every, first], heights[every, first]
+    fits = (widths > 0) & (widths <= columns) & (heights > 0) & (heights <= rows)
+    first, every = fits.argmax(0), np.arange(len(ids))
+    width, height = widths[first, every], heights[first, every]
     top = scale_to_range(drawn[-2], rows - height + 1)
     left = scale_to_range(drawn[-1], columns - width + 1)
-    if (lost := ~fits.any(1)).any():
+    if (lost := ~fits.any(0)).any():
         rows, columns = rows[lost], columns[lost]
         width[lost], height[lost] = _fit_ratio(rows, columns, ratio)
         top[lost], left[lost] = (rows - height[lost]) // 2, (columns - width[lost]) // 2

@@ -98,7 +98,8 @@ class Decoder:
                 `slice_size` samples.
             encoding: of the images.
             draws: what `list_draws` returns for the config.
-            keep_crops: deliver the crops as well; needs `can_keep_crops`.
+            keep_crops: deliver the crops as well: of a graph on a CPU that makes such, without an
+                augmentation.
 
         Raises:
             SetupError: device `gpu` without a CUDA device.
@@ -204,17 +205,6 @@ def make_pixels(
         return normalize_crops(config, pixels, flip, mean, divisor, _crop(config, x, y))
     crops = cut_crops(config, encoding, images, x, y, region)
     return normalize_crops(config, crops, flip, mean, divisor)
-
-
-def can_keep_crops(config: StreamConfig, encoding: Encoding) -> bool:
-    """Return whether all that delivered pixels follow from is at hand at no cost.
-
-    Those are the crops, which the graph makes anyway, and flip, mean and divisor of the input. It
-    is so on a CPU, where pixels are numbers of another type than the crops and nothing of the
-    user's changes them.
-    """
-    is_cut = encoding == "jpeg" or config.crop == "resized"
-    return is_cut and not config.on_gpu and config.augment is None and config.pixel_dtype != "uint8"
 
 
 def cut_crops(

@@ -22,10 +22,10 @@ from pipeline.stream.decode import (
     DecodedBatch,
     Decoder,
     DecoderInput,
-    can_keep_crops,
     list_draws,
 )
 from pipeline.stream.fields import Labels, MemberReader, SampleMembers, load_labels
+from pipeline.stream.ledger.format import choose_checksum
 from pipeline.stream.mixture import fit_config, open_reader
 from pipeline.stream.normalization import Floats, Normalization, load_statistics
 from pipeline.stream.order import Ids, Slots
@@ -272,9 +272,8 @@ class BatchReader:
         if len(memory) >= size:
             return memory
         size += size // 4
-        if self._pins:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
-        return np.empty(size, np.uint8)
+        # torch's memory begins at a cache line, as `ShardReader` has the samples begin.
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self._pins).numpy()
 
     def _make_input(self, slots: Slots, present: Ids, images: list[Bytes]) -> DecoderInput:
         """Return what DALI takes for the samples of `slots`.
@@ -366,7 +365,7 @@ class Loader:
             config,
             encoding,
             reader.draws,
-            keep_crops=bool(config.ledger) and can_keep_crops(config, encoding),
+            keep_crops=bool(config.ledger) and choose_checksum(config, encoding) == "crop-crc32",
         )
         self._mean_image: torch.Tensor | None = None
         if (image := reader.normalization.mean_image) is not None:

@@ -14,11 +14,12 @@ import numpy.typing as npt
 
 from pipeline.dataset.images import Pixels
 from pipeline.dataset.manifest import Manifest
+from pipeline.dataset.members import choose_sample
 from pipeline.remote.dataset import open_dataset
 from pipeline.remote.local import Dataset
 from pipeline.stream.config import StreamConfig
 from pipeline.stream.order import Ids
-from pipeline.stream.shard_reader import Bytes, Damage, Flags, ShardReader, choose_sample
+from pipeline.stream.shard_reader import Bytes, Damage, Flags, ShardReader
 from pipeline.stream.timing import Spent
 from pipeline.tools.errors import UsageError
 from pipeline.tools.jsonl import hash_json
@@ -150,6 +151,10 @@ class MixedReader:
         """Return the labels of samples `ids`, both int64 [b]."""
         return self._gather(ids, lambda reader, own: reader.read_labels(own))
 
+    def read_crcs(self, ids: Ids) -> Ids:
+        """Return the CRC-32 of the stored images of samples `ids`, both int64 [b]."""
+        return self._gather(ids, lambda reader, own: reader.read_crcs(own))
+
     def read_sizes(self, ids: Ids) -> tuple[Ids, Ids]:
         """Return heights and widths in pixels of samples `ids`, all int64 [b]."""
         heights = self._gather(ids, lambda reader, own: reader.read_sizes(own)[0])
@@ -164,7 +169,7 @@ class MixedReader:
         return None
 
     def buffer_size(self, ids: Ids) -> int:
-        """Return the number of bytes that `read` copies for samples `ids` (int64 [b])."""
+        """Return the bytes of the buffer that `read` takes for samples `ids` (int64 [b])."""
         return sum(reader.buffer_size(own) for reader, _, own in self._divide(ids))
 
     def prefetch(self, numbers: Sequence[int]) -> None:

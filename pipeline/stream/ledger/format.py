@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 from isal import isal_zlib
 
+from pipeline.dataset.images import Encoding
 from pipeline.dataset.segments import Segment, Segments, parse_segments
 from pipeline.stream.config import MAX_POSITION, StreamConfig, split_batch
 from pipeline.stream.order import Ids
@@ -35,7 +36,7 @@ all checksums of a CPU for `crc32`, and those that wrote 2 know no segments."""
 ENDING = ".ledger"
 FRAME = struct.Struct("<IIQII")
 _AFTER_CRC = 4
-CHECKSUMS = "crc32", "crop-crc32", "weighted-sum"
+CHECKSUMS = "crc32", "crop-crc32", "stored-crc32", "weighted-sum"
 _HEADER_LIMIT = 1 << 16
 
 
@@ -79,8 +80,8 @@ class LedgerHeader:
     device: str
     """`cpu`, or another name, such as `gpu`."""
     checksum: str = ""
-    """Kind of the checksums of pixels, as `writer` has it: `crc32`, `crop-crc32` or `weighted-sum`.
-    Empty: `crc32` on a CPU, else `weighted-sum`."""
+    """Kind of the checksums of pixels, as `writer` has it, one of `CHECKSUMS`. Empty: `crc32`
+    on a CPU, else `weighted-sum`."""
 
     def __post_init__(self) -> None:
         if not self.checksum:
@@ -99,22 +100,20 @@ class LedgerHeader:
             )
 
     @classmethod
-    def of(
-        cls, config: StreamConfig, selection: Selection, *, of_crops: bool = False
-    ) -> LedgerHeader:
+    def of(cls, config: StreamConfig, selection: Selection, encoding: Encoding) -> LedgerHeader:
         """Return the header of a stream's ledger.
 
         Args:
             config: settings of the stream.
             selection: samples that take part.
-            of_crops: True if checksums are those of crops.
+            encoding: of the images.
         """
         facts = {f.name: getattr(config, f.name) for f in fields(cls) if hasattr(config, f.name)}
         facts["shuffle"] = config.order_name
         facts["split"] = config.stored_split
         facts["colour"] = config.color_plan.given
         facts["device"] = "gpu" if config.on_gpu else "cpu"
-        facts["checksum"] = "crop-crc32" if of_crops else ""
+        facts["checksum"] = choose_checksum(config, encoding)
         facts["segments"] = selection.segments
         return cls(
             data_sha256=selection.identity,
@@ -162,6 +161,21 @@ class LedgerHeader:
             return cls(**{field.name: facts[field.name] for field in fields(cls)})
         except (KeyError, TypeError) as error:
             raise ValueError(f"its first line does not say all: {error}") from error
+
+
+def choose_checksum(config: StreamConfig, encoding: Encoding) -> str:
+    """Return the kind of checksum that costs the least for what a stream delivers.
+
+    Where nothing of the user's changes them, pixels follow from crops that the graph makes anyway,
+    or, of raw images, from stored bytes that were checked.
+    """
+    if config.on_gpu:
+        return "weighted-sum"
+    if config.augment is not None:
+        return "crc32"
+    if encoding == "raw" and config.crop != "resized":
+        return "stored-crc32"
+    return "crc32" if config.pixel_dtype == "uint8" else "crop-crc32"
 
 
 def encode_frame(

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from pipeline.batches import Stream
+from pipeline.dataset.index import load_index
+from pipeline.dataset.manifest import Manifest
 from pipeline.stream.ledger.format import LedgerHeader, scan_ledger
 from pipeline.stream.ledger.proof import prove
-from pipeline.stream.ledger.writer import compute_crc32s, compute_weighted_sums
+from pipeline.stream.ledger.writer import Ledger, compute_crc32s, compute_weighted_sums
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
@@ -105,10 +107,40 @@ def test_other_pixels_are_checked_as_they_are_delivered(tiny_data, tmp_path, set
     assert found.tolist() == compute_crc32s(images).tolist()
 
 
-def test_raw_pixels_are_checked_as_they_are_delivered(raw_data, tmp_path):
-    images, header, found = deliver(raw_data, tmp_path)
-    assert (header.checksum, found.tolist()) == ("crc32", compute_crc32s(images).tolist())
+@pytest.mark.parametrize("settings", [{}, {"dtype": "uint8", "layout": "NHWC", "mean": None}])
+def test_checksums_of_raw_images_are_those_of_what_was_read(raw_data, tmp_path, settings):
+    pixels, means = deliver(raw_data, crop="center", colour=0, **settings)
+    images, header, found = deliver(raw_data, tmp_path, crop="center", colour=0, **settings)
+    assert header.checksum == "stored-crc32"
+    assert torch.equal(images, pixels)
+    (file,) = map(scan_ledger, tmp_path.glob("*.ledger"))
+    index = load_index(raw_data, "train", Manifest.load(raw_data))
+    stored = index["crc"][file.read(0, 24).delivered].astype("<u4")
+    half, none = np.float32([16 / 32] * 2).tobytes(), np.int32(0).tobytes()
+    facts = [crc.tobytes() + half + none + means.tobytes() for crc in stored]
+    for position in (0, 16):
+        crc = int(compute_crc32s(images[position : position + 1])[0])
+        assert int(found[position]) == zlib.crc32(facts[position], crc)
+    others = [position for position in range(24) if position % 16]
+    assert found[others].tolist() == [zlib.crc32(facts[one]) for one in others]
+
+
+def test_checksums_of_raw_images_see_draws_and_each_sixteenth_delivery(raw_data, tmp_path):
+    _, header, known = deliver(raw_data, tmp_path / "a")
+    assert deliver(raw_data, tmp_path / "b")[2].tolist() == known.tolist()
+    assert (deliver(raw_data, tmp_path / "c", colour=0.2)[2] != known).all()
+    assert 0 < (deliver(raw_data, tmp_path / "d", flip=0)[2] != known).sum() < 24
+    images, ids = torch.zeros(24, 3, 4, 4), np.arange(24)
+    sums = []
+    for value in (0, 1):
+        images[3:5] += value  # at the positions 15 and 16
+        with Ledger(tmp_path / str(value), header) as ledger:
+            ledger.record(12, ids, ids, images, [ids])
+        sums.append(scan_ledger(ledger.path).read(12, 36).checksums)
+    assert np.flatnonzero(sums[0] != sums[1]).tolist() == [4]
     assert deliver(raw_data, tmp_path / "resized", crop="resized")[1].checksum == "crop-crc32"
+    halved = {"augment": lambda images, draw: images * 0.5}
+    assert deliver(raw_data, tmp_path / "augmented", **halved)[1].checksum == "crc32"
 
 
 def test_ledgers_of_before_stay_provable_beside_new_ones(tiny_data, tmp_path):
@@ -122,5 +154,5 @@ def test_ledgers_of_before_stay_provable_beside_new_ones(tiny_data, tmp_path):
     path.write_bytes(old + b"\n" + frames)
     proof = prove(tiny_data, [tmp_path / "a", tmp_path / "b"])
     assert (proof.findings, proof.again, proof.compared) == ((), 24, 0)
-    with pytest.raises(ValueError, match="'xxh3', not crc32, crop-crc32, weighted-sum: a later"):
+    with pytest.raises(ValueError, match=r"'xxh3', not crc32, crop-crc32, stored-crc32, .*a later"):
         LedgerHeader.parse(line.replace(b'"crop-crc32"', b'"xxh3"'))
