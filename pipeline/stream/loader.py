@@ -272,8 +272,11 @@ class BatchReader:
         if len(memory) >= size:
             return memory
         size += size // 4
-        # torch's memory begins at a cache line, as `ShardReader` has the samples begin.
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self._pins).numpy()
+        if self._pins:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+        # NumPy asks for huge pages, where torch does not; each sample begins at a cache line.
+        memory = np.empty(size + 63, np.uint8)
+        return memory[-memory.ctypes.data % 64 :]
 
     def _make_input(self, slots: Slots, present: Ids, images: list[Bytes]) -> DecoderInput:
         """Return what DALI takes for the samples of `slots`.
