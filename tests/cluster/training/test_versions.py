@@ -13,7 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster import evaluate
+from cluster import evaluate, train
+from cluster.cli.options import TrainOptions
 from cluster.config import Config
 from cluster.run.folder import read_identity
 from cluster.train import main
@@ -31,6 +32,7 @@ from pipeline.verify import verify
 from pipeline.withdraw import make_version
 from tests.helpers.http_servers import Server
 from tests.helpers.images import InProcess, jpeg
+from tests.helpers.resealed_data import edit_manifest
 from tests.helpers.training_runs import CONFIG, alone, rows
 from tests.helpers.versions import append_samples, make_identity, withdraw
 
@@ -99,6 +101,20 @@ def test_a_run_goes_on_with_the_newest_and_its_ledger_is_proved(data, more_data,
     assert table["segments"] == [list(one) for one in expected]
     start(LEDGERED, data, run, *LATEST)  # finished
     assert Manifest.load(data / version_folder(2)).number == 2
+
+
+def test_a_version_of_other_classes_is_not_gone_on_with(data, more_data, tmp_path, monkeypatch):
+    table = {"data_sha256": identity(data), "position": 32}
+    append_samples(data, more_data)
+    for folder in (data, data / version_folder(2)):
+        edit_manifest(folder, lambda table: table["classes"].reverse())
+    monkeypatch.setattr(train, "_read_checkpoint", lambda _: table)
+    command = TrainOptions(
+        config=Path("demo"), data=str(data), run=tmp_path / "run",
+        settings=replace(CONFIG, data_version="latest"),
+    )  # fmt: skip
+    with pytest.raises(UsageError, match=r"version 2 of .* has other classes than version 1, wh"):
+        train.choose_segments(command)
 
 
 def read_names(data: Path) -> list[str]:
