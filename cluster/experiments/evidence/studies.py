@@ -148,7 +148,9 @@ def _show_study(path: Path, table: Mapping[str, Any]) -> Item:
     command = _command_study(path, table)
     scale = str(table.get("scale") or "")
     rows = _show_goals(table) if table.get("goals") else _show_variants(table)
-    item.rows = [replace(row, paper=claim.number, scale=scale, command=command) for row in rows]
+    item.rows = [
+        replace(row, paper=row.paper or claim.number, scale=scale, command=command) for row in rows
+    ]
     return item
 
 
@@ -159,7 +161,7 @@ def _command_study(path: Path, table: Mapping[str, Any]) -> str:
 
 
 def _show_goals(table: Mapping[str, Any]) -> Iterator[Comparison]:
-    """Yield a row for each goal of a study and each of its variants."""
+    """Yield a row for each goal of a study and each variant; the paper's number is of the last."""
     for part in table["goals"]:
         first = part["variants"][0]
         for one in part["variants"]:
@@ -179,7 +181,7 @@ def _show_goals(table: Mapping[str, Any]) -> Iterator[Comparison]:
             at = "" if one["at"] is None else f", {one['at']:g}"
             yield Comparison(
                 what=f"{one['variant']}{at}: images to {part['goal']:.0%} training error",
-                paper="",
+                paper="" if part is table["goals"][-1] else "no number",
                 ours=_format_mean("pictures", known if is_whole else None),
                 seeds=f"{one['came_to_it']} of {one['n']} seeds ({', '.join(each)})",
                 verdict=verdict,
@@ -224,8 +226,8 @@ def _format_mean(measure: str, found: Spread | None) -> str:
         return "not reached"
     if measure in SHARES:
         return str(found)
-    spread = "" if found.deviation is None else f" ± {found.deviation:,.4g}"
-    return f"{found.mean:,.5g}{spread}"
+    spread = "" if found.deviation is None else f" ± {found.deviation:,.0f}"
+    return f"{found.mean:,.0f}{spread}"
 
 
 def _compare_variant(

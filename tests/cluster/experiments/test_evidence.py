@@ -254,15 +254,16 @@ def test_a_study_with_goals_has_its_factor_at_each(tmp_path):
     page = make_page([study(tmp_path / "figure1", goals=goals, command=command)])
     first, second, third, last = rows(page, "study-figure1")
     assert (first.what, first.ours) == (
-        "relu, 0.003: images to 45% training error", "110 ± 14.14",
+        "relu, 0.003: images to 45% training error", "110 ± 14",
     )  # fmt: skip
     assert (second.verdict, second.seeds) == (
         "3.27 times relu (3.00, 3.50)", "2 of 2 seeds (300, 420)",
     )  # fmt: skip
-    assert third.ours == "420 ± 28.28"
+    assert third.ours == "420 ± 28"
     assert (last.ours, last.verdict, last.seeds) == (
         "not reached", "more than 3.6 times relu", "1 of 2 seeds (not reached, 2,000)",
     )  # fmt: skip
+    assert [row.paper for row in (second, last)] == ["no number", "6 times"]
     assert last.command == f"{command} --out {tmp_path}/figure1"
     assert page.items[0].weight == 0
 
