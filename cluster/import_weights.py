@@ -66,7 +66,7 @@ from model.alexnet import AlexNet
 from model.architecture import CAFFE_IMAGE, Design
 from pipeline.dataset.record import ADDRESS_KEY
 from pipeline.remote.dataset import open_dataset
-from pipeline.remote.filesystem import is_remote
+from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.tools.arguments import format_command, parse_options
 from pipeline.tools.errors import UsageError
 from pipeline.tools.errors import run as run_command
@@ -215,8 +215,10 @@ def describe_origin(
     """
     outputs, mean = len(file.layers[-1].bias), find_mean(options)
     if options.data:
-        dataset = open_dataset(options.data, **config.cached)
-        address = options.data if is_remote(options.data) else str(dataset.folder.resolve())
+        open_dataset(options.data, **config.cached).close()
+        address = options.data
+        if not is_remote(address):
+            address = str(local_path(address).resolve())
         _, about = read_origin(config, address)
         if len(about["classes"]) != outputs:
             raise UsageError(

@@ -48,7 +48,7 @@ from cluster.run.trackers import require_trackers
 from model.architecture import Design, build_stages
 from model.layer_table import parse_layers
 from pipeline.dataset.image_stats import Statistics
-from pipeline.dataset.manifest import Manifest, identity
+from pipeline.dataset.manifest import Manifest, find_root, identity
 from pipeline.dataset.record import ADDRESS_KEY
 from pipeline.dataset.segments import (
     Segment,
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None, trainer: Trainer | None = None) -> int:
     with closing(dataset):
         check_data(command, manifest, dataset)
     if not is_remote(command.data):
-        command = replace(command, data=str(dataset.root.resolve()))
+        command = replace(command, data=str(find_root(local_path(command.data)).resolve()))
     with lock_run(folder), RunConsole() as screen:
         if command.measure:
             from cluster.launch.measurement import measure_with_ray

@@ -1,6 +1,7 @@
 """Give a folder of WebDataset shards an index and a manifest, so that they train as they are.
 
     python -m pipeline.index_shards DIR [--train GLOB] [--val GLOB] [--class-names FILE]
+    python -m pipeline.index_shards hf://datasets/OWNER/NAME --out DATA
 
 For shards that another tool made of JPEGs (`.jpg` or `.jpeg`, with the label in `.cls` or `.json`),
 squares of one size or images of many sizes. Every image is decoded once (--decode-every: fewer),
@@ -8,73 +9,53 @@ and samples that cannot be trained from are named; then nothing is written, unle
 Images of other kinds need `python -m pipeline.build_shards OUT --train DIR`. No file of DIR is
 changed. Added are an `.idx` for each tar that has none, `SPLIT.index.npy`, a table of the
 keys, one of each field (--fields), `stats.npz`, `rejects.jsonl` and, last, `manifest.json`.
+
+DIR may be an address, and --out another folder for what is added: then its manifest names the
+address, and the shards are read from there.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import hashlib
-import io
 import json
 import re
-import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import compress
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
 
 import numpy as np
-from isal import isal_zlib
 
-from pipeline.dataset.image_stats import NAME as STATS
 from pipeline.dataset.image_stats import SquareSums, Statistics
-from pipeline.dataset.images import SIZE, Undecodable, decode_image, measure_jpeg
-from pipeline.dataset.index import (
-    INDEX_DTYPE,
-    MOST_IMAGE_BYTES,
-    SIZED_DTYPE,
-    Index,
-    index_name,
-    save_index,
-)
+from pipeline.dataset.index import INDEX_DTYPE, SIZED_DTYPE, Index, save_index
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.manifest import REJECTS, Manifest, Shard, Split
-from pipeline.dataset.members import (
-    MEMBER_DTYPE,
-    Members,
-    escape_line,
-    locate_member,
-    save_tables,
-    unescape_line,
-)
-from pipeline.dataset.samples import (
-    JPEG_ENDINGS,
-    MAX_CLASSES,
-    TORN,
-    Classes,
-    Sample,
-    UnfitSample,
-    find_label,
-    find_torn,
-    group_samples,
-    is_meant,
-    read_classes,
-)
-from pipeline.dataset.shards import find_idx_fault, write_idx
-from pipeline.dataset.tar import TarFault, escape, read_members
+from pipeline.dataset.members import save_tables
+from pipeline.dataset.samples import Classes, read_classes
 from pipeline.options import IndexConfig
-from pipeline.packing.resize import resample
+from pipeline.packing.foreign_shards import (
+    BadSample,
+    ExaminedShard,
+    ExamineJob,
+    examine_shard,
+    idx_name,
+)
+from pipeline.packing.shards import copy_file
+from pipeline.remote.filesystem import is_remote, is_web, join_name, local_path, temporary_space
+from pipeline.remote.target import FolderTarget, Target, is_finished, open_target
 from pipeline.sources.listing import Reject, summarize_rejects
-from pipeline.sources.names import TAR, is_archive
+from pipeline.sources.names import is_archive
+from pipeline.sources.paths import base_name, expand_braces, list_folder
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import DataError, UsageError, run
-from pipeline.tools.files import HashedFile, atomic_write, ensure_writable, sha256
+from pipeline.tools.files import ensure_writable, is_plain_name, sha256
 from pipeline.tools.processes import map_in_order
 from pipeline.tools.progress import Progress
+from pipeline.tools.text import hide_credentials
 
 BAD_SHOWN = 20
 """Lines about bad samples on the terminal; --json has them all."""
@@ -83,18 +64,6 @@ _SPLITS = {
     "val": re.compile(r"(^|[-_.])(val|validation)([-_.]|$)"),
 }
 """Patterns that tell the split of a shard by its name, unless globs are given."""
-
-
-class BadSample(NamedTuple):
-    """A sample that cannot be trained from, or with an empty key a whole shard."""
-
-    shard: str
-    key: str
-    reason: str
-
-    def __str__(self) -> str:
-        key = f" key {escape(self.key)}" if self.key else ""
-        return f"{escape(self.shard)}{key}: {self.reason}"
 
 
 @dataclass
@@ -112,51 +81,26 @@ class IndexOutcome:
     """Classes without a training sample."""
 
 
-class ExamineJob(NamedTuple):
-    """One shard to examine."""
-
-    path: Path
-    is_training: bool
-    """True if the pixels of its images count in the statistics."""
-    classes: Classes | None
-    """Classes of the data set, where they are known beforehand."""
-    config: IndexConfig
-
-
-@dataclass
-class ExaminedShard:
-    """Contents of one shard."""
-
-    name: str
-    keys: bytes = b""
-    """Keys of the rows, as lines of the table of keys."""
-    bytes: int = 0
-    sha256: str = ""
-    idx_sha256: str = ""
-    """SHA-256 of the `.idx` beside it, if there is one."""
-    rows: Index = field(default_factory=lambda: np.zeros(0, SIZED_DTYPE))
-    """Rows of its samples; a label is a place in `labels`, and the shard is number 0."""
-    labels: list[int | str] = field(default_factory=list)
-    """Distinct labels, as they are written."""
-    members: dict[str, Members] = field(default_factory=dict)
-    """Rows of each field, `MEMBER_DTYPE`, one for each of `rows`."""
-    sums: SquareSums = field(default_factory=SquareSums)
-    bad: list[BadSample] = field(default_factory=list)
-
-
 def index_folder(config: IndexConfig) -> IndexOutcome:
-    """Index a folder of shards.
+    """Index a folder of shards, or shards at an address.
 
     Raises:
         UsageError: no shards, names that tell no split, a set that is there already, a folder that
             cannot be written, or labels that are no numbers from 0.
+        StoreError: the store does not answer.
         DuetError: a process died.
     """
-    folder = Path(config.folder)
-    _check_folder(folder)
-    splits, unused = _find_shards(config)
+    target = _open_target(config)
+    with temporary_space("the index"), TemporaryDirectory(prefix="duet-") as folder:
+        return _index(config, target, Path(folder))
+
+
+def _index(config: IndexConfig, target: Target, scratch: Path) -> IndexOutcome:
+    names = _list_files(config)
+    splits, unused = _find_shards(config, sorted(filter(is_archive, names)))
     given = None if config.classes is None else Classes(read_classes(config.classes))
-    examined, sums = _examine_shards(config, splits, given)
+    there = frozenset(names if config.out is None else ())
+    examined, sums = _examine_shards(config, splits, given, scratch, there)
     shards = [one for split in examined.values() for one in split]
     outcome = IndexOutcome(bad=[bad for one in shards for bad in one.bad], unused=unused)
     if any(not bad.key for bad in outcome.bad):
@@ -169,7 +113,7 @@ def index_folder(config: IndexConfig) -> IndexOutcome:
         outcome.rest = f"without them {error};"
         return outcome
     for one in shards:
-        outcome.bad += _number_labels(one, known)
+        outcome.bad += one.number_labels(known, scratch)
     used = {label for one in examined["train"] for label in one.rows["label"].tolist()}
     outcome.empty = [name for number, name in enumerate(known.names) if number not in used]
     known.refuse_shift(used, (bad.reason for bad in outcome.bad))
@@ -178,45 +122,86 @@ def index_folder(config: IndexConfig) -> IndexOutcome:
     kept = {name: [one for one in split if len(one.rows)] for name, split in examined.items()}
     if empty := [name for name, split in kept.items() if not split]:
         why = _summarize(outcome.bad)
-        raise DataError(f"split {empty[0]!r} of {folder} has no sample that can be used: {why}")
-    outcome.manifest = _seal(config, kept, sums, known.names, outcome.bad)
+        raise DataError(
+            f"split {empty[0]!r} of {_name_folder(config)} has no sample that can be used: {why}"
+        )
+    outcome.manifest = _seal(config, kept, sums, known.names, outcome.bad, target, scratch)
     return outcome
 
 
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise UsageError(
-            f"{folder} is no folder of this machine; name one that holds WebDataset shards (.tar)"
-        )
-    if (folder / MANIFEST).exists():
-        raise UsageError(
-            f"{folder} is a data set already; `duet verify {folder}` checks it, and "
-            f"without its {MANIFEST} it can be indexed anew"
-        )
-    ensure_writable(folder, "data set folder")
+def _name_folder(config: IndexConfig) -> str:
+    """Return the place of the shards for messages."""
+    return hide_credentials(config.folder)
 
 
-def _find_shards(config: IndexConfig) -> tuple[dict[str, list[str]], list[str]]:
+def _open_target(config: IndexConfig) -> Target:
+    """Return where the files are written: beside the shards, or --out.
+
+    Raises:
+        UsageError: it cannot be written, or holds a data set.
+    """
+    address, safe = config.folder, _name_folder(config)
+    if not is_remote(address):
+        if config.out is not None:
+            raise UsageError(f"--out is for shards at an address; those in {address} need none")
+        if not local_path(address).is_dir():
+            raise UsageError(
+                f"{address} is no folder of this machine; name one that holds WebDataset shards "
+                "(.tar)"
+            )
+    elif safe != address:
+        raise UsageError(
+            f"{safe} would stand in the manifest with its credentials; give it without, and them "
+            "by the environment"
+        )
+    elif config.out is None and (is_web(address) or address.startswith("hf://")):
+        raise UsageError(f"{safe} takes no files; name a folder for the index with --out")
+    target = open_target(config.data)
+    if is_finished(target):
+        raise UsageError(
+            f"{target.address} is a data set already; `duet verify {target.address}` checks it, "
+            f"and without its {MANIFEST} it can be indexed anew"
+        )
+    if isinstance(target, FolderTarget):
+        ensure_writable(target.path, "data set folder")
+    return target
+
+
+def _list_files(config: IndexConfig) -> list[str]:
+    """Return the names of the files where the shards are, hidden ones left out."""
+    if not is_remote(config.folder):
+        return [one.name for one in local_path(config.folder).glob("[!.]*") if one.is_file()]
+    if not is_web(config.folder):
+        found = map(base_name, list_folder(config.folder.rstrip("/")))
+        return [name for name in found if is_plain_name(name)]
+    masks = [mask for glob in (config.train, config.val) if glob for mask in expand_braces(glob)]
+    if not masks or any(mark in mask for mask in masks for mark in "*?["):
+        raise UsageError(
+            f"{_name_folder(config)}: a web server has no list of its files; name the shards, such "
+            "as --train 'train-{000000..000146}.tar'"
+        )
+    return masks
+
+
+def _find_shards(config: IndexConfig, names: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     """Return the names of the archives of each split, and of those in no split."""
-    files = filter(Path.is_file, Path(config.folder).glob("[!.]*"))
-    names = sorted(path.name for path in files if is_archive(path.name))
-    splits: dict[str, list[str]] = {}
+    where, splits = _name_folder(config), dict[str, list[str]]()
     for split, glob in (("train", config.train), ("val", config.val)):
         if glob is None and config.train is not None:
             continue  # --train alone: a set without validation
         if glob is None:
             chosen = [name for name in names if _SPLITS[split].search(name.removesuffix(".tar"))]
         else:
-            chosen = fnmatch.filter(names, glob)
+            masks = expand_braces(glob)
+            fitting = {one for mask in masks for one in fnmatch.filter(names, mask)}
+            chosen = [name for name in names if name in fitting]
         if glob is not None and not chosen:
-            raise UsageError(
-                f"--{split} {glob} fits no tar of {config.folder}; it has {_name_some(names)}"
-            )
+            raise UsageError(f"--{split} {glob} fits no tar of {where}; it has {_name_some(names)}")
         if chosen:
             splits[split] = chosen
     if "train" not in splits:
         raise UsageError(
-            f"no tar of {config.folder} is named train-*.tar (it has {_name_some(names)}); "
+            f"no tar of {where} is named train-*.tar (it has {_name_some(names)}); "
             "say which are meant by --train GLOB, and --val GLOB"
         )
     if both := sorted(set(splits["train"]) & set(splits.get("val", ()))):
@@ -230,128 +215,47 @@ def _name_some(names: Sequence[str]) -> str:
 
 
 def _examine_shards(
-    config: IndexConfig, splits: dict[str, list[str]], classes: Classes | None
+    config: IndexConfig,
+    splits: dict[str, list[str]],
+    classes: Classes | None,
+    scratch: Path,
+    there: frozenset[str],
 ) -> tuple[dict[str, list[ExaminedShard]], SquareSums]:
-    """Examine every shard; return the contents of each, and the sums over all training images."""
+    """Examine every shard; return the contents of each, and the sums over all training images.
+
+    Args:
+        config: the settings.
+        splits: names of the shards of each split.
+        classes: classes of the data set, where they are known beforehand.
+        scratch: local folder for the `.idx` of each shard.
+        there: names of files beside the shards, among them `.idx` that are kept.
+    """
+    remote = is_remote(config.folder)
+    folder = config.folder if remote else str(local_path(config.folder))
     jobs = [
-        ExamineJob(Path(config.folder) / name, split == "train", classes, config)
+        ExamineJob(
+            address=join_name(folder, name),
+            is_training=split == "train",
+            classes=classes,
+            config=config,
+            scratch=scratch,
+            idx=join_name(folder, idx_name(name)) if idx_name(name) in there else None,
+        )
         for split, names in splits.items()
         for name in names
     ]
-    total = sum(job.path.stat().st_size for job in jobs) >> 20
+    total = len(jobs) if remote else sum(Path(job.address).stat().st_size for job in jobs) >> 20
     results, sums, bad = [], SquareSums(), 0
-    with Progress("examining", total=total, unit="MiB") as progress:
+    with Progress("examining", total=total, unit="shards" if remote else "MiB") as progress:
         for one in map_in_order(examine_shard, jobs, config.workers):
             sums.merge(one.sums)
             del one.sums  # 786 kB each
             results.append(one)
             bad += len(one.bad)
-            progress.advance(one.bytes >> 20)
+            progress.advance(1 if remote else one.bytes >> 20)
             progress.note(f"{bad:,} bad" if bad else "")
     found = iter(results)
     return {split: [next(found) for _ in names] for split, names in splits.items()}, sums
-
-
-def _number_labels(one: ExaminedShard, known: Classes) -> list[BadSample]:
-    """Turn the labels of a shard into numbers; drop and return the samples that have none."""
-    numbers = [known.find_number(label) for label in one.labels]
-    bad, keys = [], one.keys.splitlines(keepends=True)
-    for place, code in enumerate(one.rows["label"].tolist()):
-        if isinstance(reason := numbers[code], str):
-            bad.append(BadSample(one.name, unescape_line(keys[place]), reason))
-    table = np.array([-1 if isinstance(number, str) else number for number in numbers], np.int32)
-    if len(table):
-        one.rows["label"] = table[one.rows["label"]]
-    if bad:
-        kept = one.rows["label"] >= 0
-        one.rows, one.keys = one.rows[kept], b"".join(compress(keys, kept))
-        one.members = {name: rows[kept] for name, rows in one.members.items()}
-    return bad
-
-
-def examine_shard(job: ExamineJob) -> ExaminedShard:
-    """Decode the image and read the label of every sample of a shard."""
-    found = ExaminedShard(job.path.name)
-    if not found.name.endswith(TAR):
-        reason = "by its name no plain tar, which ends in .tar; unpack or rename it"
-        found.bad.append(BadSample(found.name, "", reason))
-        return found
-    try:
-        with HashedFile(job.path) as file:
-            found.bytes = file.size
-            if file.error is not None:
-                raise file.error
-            found.sha256 = file.sha256 or ""
-            good = list(_examine_samples(file, job, found))
-    except (TarFault, OSError) as error:
-        if isinstance(error, OSError):
-            reason = f"cannot be read ({error.strerror})"
-        else:
-            reason = error.reason
-        found.bad.append(BadSample(found.name, "", reason))
-        return found
-    idx = job.path.with_suffix(".idx")
-    if idx.exists():
-        content = idx.read_bytes()
-        found.idx_sha256 = hashlib.sha256(content).hexdigest()
-        if fault := find_idx_fault(content, found.name, good):
-            found.bad.append(BadSample(idx.name, "", f"{fault}; move it away"))
-    return found
-
-
-def _examine_samples(file: HashedFile, job: ExamineJob, found: ExaminedShard) -> Iterator[Sample]:
-    """Fill in rows and labels, or the bad samples; yield the samples that can be trained from."""
-    rows, keys, codes = [], list[bytes](), dict[int | str, int]()
-    members = {name: list[tuple[int, int, int]]() for name in job.config.fields}
-    unfit: list[tuple[str, UnfitSample]] = []
-    samples = filter(is_meant, group_samples(read_members(file.stream(), job.path.name)))
-    for place, sample in enumerate(samples):
-        decode = place % job.config.decode_every == 0
-        try:
-            others = {name: locate_member(sample, name, file.read) for name in job.config.fields}
-            row = _examine_sample(file, sample, job, found.sums, decode)
-        except (UnfitSample, Undecodable, OSError) as error:
-            reason = str(error)
-            if isinstance(error, UnfitSample):
-                unfit.append((sample.key, error))
-            elif isinstance(error, OSError):
-                reason = f"it cannot be read ({error.strerror})"
-            found.bad.append(BadSample(found.name, sample.key, reason))
-            continue
-        rows.append((0, codes.setdefault(row[-1], len(codes)), *row[:-1]))
-        keys.append(escape_line(sample.key))
-        for name, other in others.items():
-            members[name].append(other)
-        yield sample
-    if torn := find_torn(unfit):
-        found.bad = [bad._replace(reason=TORN) if bad.key in torn else bad for bad in found.bad]
-    found.rows, found.labels = np.array(rows, SIZED_DTYPE), list(codes)
-    found.keys = b"".join(keys)
-    found.members = {name: np.array(places, MEMBER_DTYPE) for name, places in members.items()}
-
-
-def _examine_sample(
-    file: HashedFile, sample: Sample, job: ExamineJob, sums: SquareSums, decode: bool
-) -> tuple[int, int, int, int, int, int | str]:
-    """Return offset, size, CRC-32, width and height of an image, and the label as it is written."""
-    image = sample.find_image()
-    if image.kind not in JPEG_ENDINGS:
-        raise UnfitSample(f"its image is a .{escape(image.ending)}, no .jpg or .jpeg")
-    if image.size > MOST_IMAGE_BYTES:
-        raise UnfitSample(f"its image has {image.size:,} bytes")
-    label = find_label(sample, file.read).label
-    number = label if job.classes is None else job.classes.find_number(label)
-    if isinstance(number, int) and not 0 <= number < MAX_CLASSES:
-        raise UnfitSample(f"label {str(label)[:40]} is no class number")
-    if job.classes is not None and isinstance(number, str):
-        raise UnfitSample(number)
-    data = bytes(file.read(image.offset, image.size))
-    pixels = decode_image(data, size=None) if decode else None
-    height, width = measure_jpeg(data) if pixels is None else pixels.shape[:2]
-    sums.add_size(height, width)
-    if job.is_training and pixels is not None:
-        sums.add(pixels, pixels if (height, width) == (SIZE, SIZE) else resample(pixels))
-    return image.offset, image.size, isal_zlib.crc32(data), width, height, label
 
 
 def _seal(
@@ -360,42 +264,27 @@ def _seal(
     sums: SquareSums,
     classes: tuple[str, ...],
     bad: Sequence[BadSample],
+    target: Target,
+    scratch: Path,
 ) -> Manifest:
     """Write the files that make the shards a data set, the manifest last."""
-    folder = Path(config.folder)
-    rejects = "".join(
-        json.dumps({"name": f"{one.shard}/{one.key}", "reason": one.reason}) + "\n" for one in bad
-    ).encode()
-    statistics = Statistics.from_sums(sums.sums)
-    dtype = INDEX_DTYPE if sums.side else SIZED_DTYPE
-    indexes = {name: _join_rows(split, dtype) for name, split in used.items()}
-    with TemporaryDirectory() as scratch:
-        tables = {
-            name: save_tables(
-                Path(scratch), name, [one.keys for one in split], [one.members for one in split]
-            )
-            for name, split in used.items()
-        }
-        _refuse_other_files(folder, indexes, statistics, rejects, Path(scratch))
-        for path in Path(scratch).iterdir():
-            with path.open("rb") as source, atomic_write(folder / path.name) as file:
-                shutil.copyfileobj(source, file, 1 << 20)
-    missing = [one for split in used.values() for one in split if not one.idx_sha256]
-    places = [(folder / one.name, frozenset(one.rows["offset"].tolist())) for one in missing]
-    written = map_in_order(write_idx, places, config.workers)
-    for one, digest in zip(missing, written, strict=True):
-        one.idx_sha256 = digest
-    splits = {
-        name: Split(
-            shards=tuple(map(_to_shard, split)),
-            index_sha256=save_index(folder, name, indexes[name]),
-            tables=tables[name],
+    (folder := scratch / "set").mkdir()
+    dtype, statistics = INDEX_DTYPE if sums.side else SIZED_DTYPE, Statistics.from_sums(sums.sums)
+    (folder / REJECTS).write_text(
+        "".join(
+            json.dumps({"name": f"{one.shard}/{one.key}", "reason": one.reason}) + "\n"
+            for one in bad
         )
-        for name, split in used.items()
-    }
+    )
+    splits = {}
+    for name, split in used.items():
+        keys, members = [one.keys for one in split], [one.members for one in split]
+        splits[name] = Split(
+            shards=tuple(_to_shard(one, scratch) for one in split),
+            index_sha256=save_index(folder, name, _join_rows(split, dtype)),
+            tables=save_tables(folder, name, keys, members),
+        )
     hashes = [[name, *(one.sha256 for one in split)] for name, split in used.items()]
-    with atomic_write(folder / REJECTS) as file:
-        file.write(rejects)
     manifest = Manifest(
         splits=splits,
         classes=classes,
@@ -408,8 +297,16 @@ def _seal(
         fit="square" if sums.side else "none",
         quality=None,
         foreign=True,
+        shards_at=None if config.out is None else config.folder.rstrip("/"),
     )
-    manifest.save(folder)
+    files = sorted(folder.iterdir())
+    _refuse_other_files(target, files)
+    shards = chain.from_iterable(used.values())
+    files += [scratch / idx_name(one.name) for one in shards if not one.idx_sha256]
+    for path in files:
+        copy_file(path, target, path.name)
+    with target.create(MANIFEST) as file:
+        file.write(manifest.text())
     return manifest
 
 
@@ -419,39 +316,26 @@ def _join_rows(split: Sequence[ExaminedShard], dtype: np.dtype[np.void]) -> Inde
     return np.concatenate([one.rows for one in split])[list(dtype.names or ())].astype(dtype)
 
 
-def _to_shard(one: ExaminedShard) -> Shard:
+def _to_shard(one: ExaminedShard, scratch: Path) -> Shard:
     return Shard(
         name=one.name,
         samples=len(one.rows),
         bytes=one.bytes,
         sha256=one.sha256,
-        idx_sha256=one.idx_sha256,
+        idx_sha256=one.idx_sha256 or sha256(scratch / idx_name(one.name)),
     )
 
 
-def _refuse_other_files(
-    folder: Path,
-    indexes: dict[str, Index],
-    statistics: Statistics,
-    rejects: bytes,
-    tables: Path,
-) -> None:
-    """Refuse to overwrite files, unless a killed run left them with the same content.
-
-    `tables` is the folder with the tables that would be written.
-    """
-    planned = {STATS: io.BytesIO(), REJECTS: io.BytesIO(rejects)}
-    np.savez(planned[STATS], allow_pickle=False, **vars(statistics))
-    for split, rows in indexes.items():
-        np.save(planned.setdefault(index_name(split), io.BytesIO()), rows, allow_pickle=False)
-    digests = {
-        name: hashlib.sha256(content.getvalue()).hexdigest() for name, content in planned.items()
-    }
-    digests |= {path.name: sha256(path) for path in tables.iterdir()}
-    for name, digest in digests.items():
-        path = folder / name
-        if path.exists() and sha256(path) != digest:
-            raise UsageError(f"{path} is there and would be written over; move it away")
+def _refuse_other_files(target: Target, files: Iterable[Path]) -> None:
+    """Refuse to overwrite files, unless a killed run left them with the same content."""
+    for path in files:
+        size = target.size(path.name)
+        same = size == path.stat().st_size and target.read(path.name) == path.read_bytes()
+        if size is None or same:
+            continue
+        raise UsageError(
+            f"{target.address}/{path.name} is there and would be written over; move it away"
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -462,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     outcome = index_folder(config)
     seconds = time.monotonic() - started
     if config.json:
-        sys.stdout.write(json.dumps(_index_facts(config.folder, outcome, seconds)) + "\n")
+        sys.stdout.write(json.dumps(_index_facts(config.data, outcome, seconds)) + "\n")
     for bad in outcome.bad[:BAD_SHOWN]:
         sys.stderr.write(f"{bad}\n")
     if (more := len(outcome.bad) - BAD_SHOWN) > 0:
@@ -477,16 +361,16 @@ def main(argv: list[str] | None = None) -> int:
     empty = f"; no training image of class {_name_some(outcome.empty)}" if outcome.empty else ""
     count = sum(split.samples for split in manifest.splits.values())
     sys.stderr.write(
-        f"data set {config.folder}: {parts} images of {len(manifest.classes)} classes"
+        f"data set {config.data}: {parts} images of {len(manifest.classes)} classes"
         f"{skipped}{unused}{empty}, indexed in {seconds:.1f} s "
         f"({count / max(seconds, 1e-9):,.0f} images/s)\n"
     )
     return 0
 
 
-def _index_facts(folder: str, outcome: IndexOutcome, seconds: float) -> dict[str, object]:
+def _index_facts(data: str, outcome: IndexOutcome, seconds: float) -> dict[str, object]:
     facts: dict[str, object] = {
-        "data": folder,
+        "data": data,
         "indexed": outcome.manifest is not None,
         "bad": [one._asdict() for one in outcome.bad],
         "unused": outcome.unused,
@@ -501,7 +385,7 @@ def _index_facts(folder: str, outcome: IndexOutcome, seconds: float) -> dict[str
 
 
 def _describe_failure(config: IndexConfig, outcome: IndexOutcome) -> str:
-    folder, fields = config.folder, " ".join(config.fields)
+    folder, fields = _name_folder(config), " ".join(config.fields)
     if any(not bad.key for bad in outcome.bad):
         return f"{folder} cannot be indexed, nothing was written; mend or move what is named above"
     what = "sample" if len(outcome.bad) == 1 else "samples"

@@ -226,9 +226,14 @@ class IndexConfig(Options):
     RENAMED: ClassVar[Mapping[str, str]] = {"--classes": "--class-names"}
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """Folder of the shards (.tar, not compressed); files are added to it, none is changed."""
+    """Folder or address (hf://, s3://, https://, ...) of the shards (.tar, not compressed); files
+    are added to it, none is changed."""
+    out: Annotated[str | None, tyro.conf.arg(metavar="DATA")] = None
+    """Folder for what is added, where DIR is an address: the shards are read from there, also in
+    training. By default DIR itself, which must be writable."""
     train: str | None = None
-    """Names of the training shards, with * and ?; else those with `train` in their name."""
+    """Names of the training shards, with *, ? and {000..146}; else those with `train` in their
+    name."""
     val: str | None = None
     """Names of the validation shards; else those with `val` or `validation`."""
     classes: Annotated[Path | None, tyro.conf.arg(name="class-names", metavar="FILE")] = None
@@ -245,6 +250,11 @@ class IndexConfig(Options):
     """Processes that read and decode."""
     json: bool = False
     """Print one JSON object on stdout."""
+
+    @property
+    def data(self) -> str:
+        """Folder or address of the data set that is made."""
+        return self.folder if self.out is None else self.out
 
     def check(self) -> None:
         """Refuse values that cannot work, each in one line (UsageError)."""

@@ -23,7 +23,7 @@ from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from cluster.doctor.job import checkpoint_bytes
 from pipeline.dataset.manifest import NAME, Manifest, Shard, Split
 from pipeline.remote.answers import describe_error
-from pipeline.remote.dataset import default_cache, open_dataset
+from pipeline.remote.dataset import default_cache, is_streamed, open_dataset
 from pipeline.remote.filesystem import (
     EXTRAS,
     RetryPolicy,
@@ -166,9 +166,9 @@ class StoreProbe:
         self._system, root = open_filesystem(address, RetryPolicy(stall=STORE_SECONDS))
         self._root = root.rstrip("/")
 
-    def measure_latency(self) -> float:
-        """Return the seconds that the store takes to answer a request about the manifest."""
-        ask = partial(self._system.info, f"{self._root}/{NAME}")
+    def measure_latency(self, name: str = NAME) -> float:
+        """Return the seconds that the store takes to answer a request about a file."""
+        ask = partial(self._system.info, f"{self._root}/{name}")
         BackgroundCall(ask).result(STORE_SECONDS)  # connects
         start = time.perf_counter()
         BackgroundCall(ask).result(STORE_SECONDS)
@@ -231,7 +231,7 @@ class DatasetCheck:
         self.validates = config is not None and config.validate_every > 0
         self.classes: int | None = None
         """Number of classes; None: the data set cannot be read."""
-        self._safe = hide_credentials(data)
+        self._safe, self._streams = hide_credentials(data), is_streamed(data)
 
     def judge(self) -> Iterator[Finding]:
         """Yield the findings. Only `pipeline.verify` reads every byte."""
@@ -252,7 +252,7 @@ class DatasetCheck:
             splits = manifest.splits
             counts = ", ".join(f"{split.samples:,} {name}" for name, split in splits.items())
             shards = sum(len(split.shards) for split in splits.values())
-            sizes = "" if is_remote(self.data) else ", each of its size"
+            sizes = "" if self._streams else ", each of its size"
             text = f"{counts}; {self.classes} classes; {shards} shards{sizes}"
             yield ok("data", f"{text} (duet verify reads every byte)")
             if not manifest.classes:
@@ -274,7 +274,7 @@ class DatasetCheck:
                 else:
                     yield warn("speed", f"not measured: {error}", "name the CONFIG of the training")
                 return
-            if is_remote(self.data):
+            if self._streams:
                 yield from self._judge_store(manifest)
             else:
                 yield from self._judge_speed(dataset, manifest)
@@ -292,11 +292,11 @@ class DatasetCheck:
         for split in manifest.splits:
             ShardReader(dataset, split).close()
         Statistics.load(dataset.folder, manifest)
-        if not is_remote(self.data):
+        if not self._streams:
             for shard in chain.from_iterable(s.shards for s in manifest.splits.values()):
                 size = dataset.fetch_shard(shard).stat().st_size
                 if size != shard.bytes:
-                    path = dataset.root / shard.name
+                    path = dataset.locate_shard(shard)
                     raise DataError(f"{path} has {size} bytes instead of {shard.bytes}")
         return manifest
 
@@ -345,8 +345,8 @@ class DatasetCheck:
         train = manifest.splits["train"]
         some = shards[:: max(1, len(shards) // MOST_SHARDS)][:MOST_SHARDS]
         try:
-            store = StoreProbe(self.data)
-            latency = store.measure_latency()
+            store = StoreProbe(manifest.shards_at or self.data)
+            latency = store.measure_latency(some[0].name)
             faults = store.find_faults(some)
             speed, timed_out = (0.0, False) if faults else store.measure_rate(some)
         except Exception as error:

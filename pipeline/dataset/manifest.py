@@ -32,6 +32,10 @@ VERSION = 1
 NAME = "manifest.json"
 REJECTS, DUPLICATES = "rejects.jsonl", "duplicates.jsonl"
 """Lists that a build leaves beside the manifest, which has their hashes."""
+README, CROISSANT = "README.md", "croissant.json"
+"""Files of the card that `pipeline.describe --card` leaves beside the manifest."""
+CARD_MARK = "<!-- written by duet describe --card -->"
+"""Line of the README.md of a card: one without it is of another hand."""
 LARGEST = 256 * 2**20
 """Size limit of a manifest in bytes (that of a million shards has about 200 MB)."""
 SEAL = "manifest_sha256"
@@ -41,6 +45,8 @@ VERSIONS = "versions"
 COUNTED = ("added", "replaced", "withdrawn", "purged", "skipped", "retried")
 """Keys of `Manifest.change` that count samples."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_ADDRESS = re.compile(r"(?!file:|local:)[a-z][a-z0-9+.-]+://(?!.*::)\S+")
+"""Address of a folder in a store, as a manifest may name it."""
 _FIRST_ONLY = ("number", "parent", "tables_in", "change", "withdrawn_sha256", "purged",
                "aggregates_sha256")  # fmt: skip
 """Keys that the manifest of a first version does not have."""
@@ -140,6 +146,9 @@ class Manifest:
     manifests have its former one."""
     aggregates_sha256: str | None = None
     """SHA-256 of `aggregates.npz`, by which the next version is made; None in first versions."""
+    shards_at: str | None = None
+    """Address of the folder in a store where the shards lie; None: where the manifest is. Only
+    sets of the former have the key."""
 
     @property
     def side(self) -> int | None:
@@ -163,6 +172,8 @@ class Manifest:
         table = asdict(self)
         if self.fit == "square":
             del table["fit"]  # a set of squares can be read by programs that know no other
+        if self.shards_at is None:
+            del table["shards_at"]
         if self.number == 1:
             for key in _FIRST_ONLY:
                 del table[key]
@@ -398,6 +409,10 @@ def _is_hash(value: object) -> bool:
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
+def _is_address(value: object) -> bool:
+    return isinstance(value, str) and _ADDRESS.fullmatch(value) is not None
+
+
 def _is_count(value: object) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
@@ -433,6 +448,10 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "parent": _HASH_OR_NONE,
     "withdrawn_sha256": _HASH_OR_NONE,
     "aggregates_sha256": _HASH_OR_NONE,
+    "shards_at": (
+        lambda value: value is None or _is_address(value),
+        "the address of a store",
+    ),
     "libraries": _TEXTS,
     "foreign": (lambda value: type(value) is bool, "true or false"),
 }

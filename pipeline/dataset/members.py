@@ -46,6 +46,7 @@ LINES = 1 << 16
 """Lines of a table that are read or written at a time."""
 _ESCAPES = {"\\": "\\\\", "\n": "\\n", "\r": "\\r"}
 _ESCAPED = re.compile(r"\\(.)", re.DOTALL)
+_UNESCAPED = re.compile(r"[\\\n\r]")
 
 
 def field_table(field: str) -> str:
@@ -73,7 +74,7 @@ def is_table(name: object) -> bool:
 
 def escape_line(text: str) -> bytes:
     """Return a text as one line of a table, with its end: UTF-8, bytes of no text as they are."""
-    return re.sub(r"[\\\n\r]", lambda found: _ESCAPES[found[0]], text).encode(*ENCODING) + b"\n"
+    return _UNESCAPED.sub(lambda found: _ESCAPES[found[0]], text).encode(*ENCODING) + b"\n"
 
 
 def unescape_line(line: bytes) -> str:

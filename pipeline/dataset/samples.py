@@ -13,7 +13,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -77,6 +77,11 @@ TORN = (
 """Reason for rejecting both halves of a sample."""
 
 
+@lru_cache(256)  # a shard has few endings, and each is asked about ten times a sample
+def _last_part(ending: str) -> str:
+    return ending.rpartition(".")[2].lower()
+
+
 def is_field(name: object) -> bool:
     """Return whether this can name a field: the ending of a member in lower case, `seg.png`."""
     return isinstance(name, str) and len(name) <= 100 and _FIELD.fullmatch(name) is not None
@@ -105,7 +110,7 @@ class SampleFile(NamedTuple):
     @property
     def kind(self) -> str:
         """Last part of the ending in lower case: `jpg` for `KEY.image.JPG`."""
-        return self.ending.rpartition(".")[2].lower()
+        return _last_part(self.ending)
 
     @property
     def is_compressed_image(self) -> bool:

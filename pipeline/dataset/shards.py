@@ -12,9 +12,8 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -24,10 +23,9 @@ from pipeline.dataset.images import ENDINGS, Encoding, Size, npy_header_size
 from pipeline.dataset.index import INDEX_DTYPE, SIZED_DTYPE, Index, sample_key
 from pipeline.dataset.manifest import Shard
 from pipeline.dataset.members import MEMBER_DTYPE, Members
-from pipeline.dataset.samples import Sample, group_samples
-from pipeline.dataset.tar import read_members
-from pipeline.tools.files import atomic_write
+from pipeline.dataset.samples import Sample
 
+_BLANK = re.compile(r"\s")
 _COLUMNS = {"v1.1": 3, "v1.2": 4}
 """Words for each file, by version; the fourth is its name."""
 
@@ -90,27 +88,8 @@ def find_idx_fault(content: bytes, name: str, samples: Sequence[Sample]) -> str 
     return None
 
 
-def write_idx(job: tuple[Path, Set[int]]) -> str:
-    """Write the `.idx` of a shard, and return its SHA-256.
-
-    Args:
-        job: the shard's tar, and the offsets of the images whose samples are listed.
-    """
-    path, offsets = job
-    with path.open("rb", buffering=0) as file:
-        samples = [
-            sample
-            for sample in group_samples(read_members(file, path.name))
-            if any(part.offset in offsets for part in sample.parts)
-        ]
-    content = format_idx(samples)
-    with atomic_write(path.with_suffix(".idx")) as out:
-        out.write(content)
-    return hashlib.sha256(content).hexdigest()
-
-
 def _word(text: str) -> str:
-    return re.sub(r"\s", "_", text)
+    return _BLANK.sub("_", text)
 
 
 def shard_name(split: str, number: int) -> str:

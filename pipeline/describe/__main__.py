@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from pipeline.dataset.manifest import NAME as MANIFEST
+from pipeline.dataset.manifest import find_root
 from pipeline.dataset.versions import LATEST, parse_version
 from pipeline.describe import figures
 from pipeline.describe.card import open_folder, write_card
@@ -31,7 +32,7 @@ from pipeline.describe.facts import (
 )
 from pipeline.options import DescribeOptions
 from pipeline.remote.dataset import open_dataset
-from pipeline.remote.filesystem import is_remote
+from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.remote.local import Dataset
 from pipeline.tools.arguments import MOST_SEED, parse_options, require_range
 from pipeline.tools.charts import encode_image, page_templates
@@ -87,7 +88,10 @@ def _choose_page(options: DescribeOptions, dataset: Dataset) -> Path:
     """Return the path of the page, which is never in the sealed data set."""
     page = options.out or Path(f"{find_name(options.data)}-describe.html")
     folder = page.resolve().parent
-    if folder in (dataset.folder.resolve(), dataset.root.resolve()):
+    own = {dataset.folder.resolve(), dataset.root.resolve()}
+    if not is_remote(options.data):
+        own.add(find_root(local_path(options.data)).resolve())
+    if folder in own:
         raise UsageError(f"page {page} would lie in the sealed data set; name another --out")
     if page.is_dir() or not folder.is_dir():
         raise UsageError(f"page {page} has no folder to lie in, or is one; name a file by --out")

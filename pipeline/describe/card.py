@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.dataset.manifest import CARD_MARK, CROISSANT, README
 from pipeline.dataset.manifest import NAME as MANIFEST
 from pipeline.dataset.tar import escape
 from pipeline.describe.facts import Facts, SplitFacts, describe_duplicates, describe_encoding
@@ -26,9 +27,6 @@ from pipeline.tools.errors import UsageError
 from pipeline.tools.files import ensure_writable, sha256
 from pipeline.tools.text import hide_credentials, human_bytes
 
-README, CROISSANT = "README.md", "croissant.json"
-MARK = "<!-- written by duet describe --card -->"
-"""Line by which a card that may be replaced is told from a page of the user's own."""
 MOST_LISTED = 1000
 """Most classes in the table of README.md."""
 
@@ -76,7 +74,7 @@ def open_folder(data: str) -> Target:
         target = open_store(data, what="cards")
     else:
         target = FolderTarget(str(ensure_writable(local_path(data), "data set folder")))
-    if target.size(README) is not None and MARK.encode() not in target.read(README):
+    if target.size(README) is not None and CARD_MARK.encode() not in target.read(README):
         raise UsageError(
             f"{target.address}/{README} is there, and is no card that this command wrote; move it "
             "away, or do without --card"
@@ -116,7 +114,7 @@ def render_readme(facts: Facts, name: str) -> str:
         "---",
         *_render_metadata(facts, name),
         "---",
-        MARK,
+        CARD_MARK,
         "",
         f"# {_to_markdown(name)}",
         "",

@@ -28,6 +28,7 @@ from pipeline.remote.answers import Mismatch
 from pipeline.remote.download import Store
 from pipeline.remote.filesystem import (
     is_remote,
+    local_path,
 )
 from pipeline.remote.local import Dataset
 from pipeline.tools.errors import REBUILD, DataError
@@ -255,7 +256,7 @@ def _open_list(data: str, dataset: Dataset, manifest: Manifest, name: str) -> It
     """
     expected = getattr(manifest, f"{Path(name).stem}_sha256")
     if not is_remote(data):
-        path = tables_folder(dataset.folder, manifest) / name
+        path = tables_folder(local_path(data), manifest) / name
         if path.is_file() and expected not in (None, sha256(path)):
             raise DataError(f"{path} is not the one that was built; restore it, or {REBUILD}")
         yield path if path.is_file() else None

@@ -12,5 +12,6 @@ withdrawal   a version without some samples; purged shards
 revision     tables, lists and manifest of the next version
 measure      pixel sums and hashes of stored images
 known        images that a set has already
+foreign_shards  shards of another tool: checked sample by sample
 shards       stage two: encoded images in shuffled order -> shards, side files, manifest
 """

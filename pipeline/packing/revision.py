@@ -56,7 +56,7 @@ from pipeline.packing.duplicates import (
 from pipeline.packing.hamming import Hashes
 from pipeline.packing.measure import measure, subtract_images
 from pipeline.packing.shards import copy_file
-from pipeline.remote.target import FolderTarget, Target
+from pipeline.remote.target import FolderTarget, StoreTarget, Target
 from pipeline.tools.errors import REBUILD, DataError
 from pipeline.tools.files import sha256
 from pipeline.tools.processes import Pool, read_ahead
@@ -102,6 +102,9 @@ class Parent:
         self.versions = list(list_versions(target.read, target.address))
         self.newest: SealedVersion = self.versions[0]
         self.manifest: Manifest = self.newest.manifest
+        at = self.manifest.shards_at
+        self.shards: Target = target if at is None else StoreTarget(at)
+        """Place of the shards, which may be an address that is only read."""
         self.folder = self._fetch_tables(scratch)
         self._check_shards()
 
@@ -122,10 +125,10 @@ class Parent:
 
     def _check_shards(self) -> None:
         shards = [shard for split in self.manifest.splits.values() for shard in split.shards]
-        sizes = read_ahead(lambda shard: self.target.size(shard.name), shards)
+        sizes = read_ahead(lambda shard: self.shards.size(shard.name), shards)
         for shard, size in zip(shards, sizes, strict=True):
             if size != shard.bytes:
-                place = f"{self.target.address}/{shard.name}"
+                place = f"{self.shards.address}/{shard.name}"
                 raise DataError(f"{place} is missing or not whole; restore it, or {REBUILD}")
 
     @cached_property
@@ -150,9 +153,19 @@ class Parent:
 
     @property
     def rejects(self) -> Path | None:
-        """The list of rejects; None without one."""
-        path = self.folder / self.manifest.tables_in / REJECTS
-        return path if path.is_file() else None
+        """The list of rejects; None without one.
+
+        Raises:
+            DataError: it is missing, or not the one that was written.
+        """
+        path, digest = self.folder / self.manifest.tables_in / REJECTS, self.manifest.rejects_sha256
+        if not path.is_file():
+            if digest is not None:
+                raise DataError(f"{path} is missing; restore it, or {REBUILD}")
+            return None
+        if digest not in (None, sha256(path)):
+            raise DataError(f"{path} is damaged; restore it, or {REBUILD}")
+        return path
 
     def texts(self, split: str, kind: TextKind) -> TextTable | None:
         """Return a table of texts; None if the split has none."""
@@ -197,7 +210,7 @@ class Parent:
                 return found
             rows = self.indices["train"]
             removed, left = rows[gone["train"]], np.delete(rows, gone["train"])
-            sums = subtract_images(found.sums, self.target, manifest, removed, left, pool)
+            sums = subtract_images(found.sums, self.shards, manifest, removed, left, pool)
             return replace(found, sums=sums)
         write_line(
             f"note: {self.target.address} keeps no sums of its images; all are read once, and no "
@@ -208,7 +221,7 @@ class Parent:
             left = np.delete(np.arange(len(rows)), gone.get(name, ()))
             hashes[name] = np.zeros((len(rows), HASH_BYTES), np.uint8)
             parts[name], hashes[name][left] = measure(
-                self.target, manifest, name, rows[left], pool, f"reading {name}"
+                self.shards, manifest, name, rows[left], pool, f"reading {name}"
             )
         return Aggregates(parts["train"], hashes)
 

@@ -2,10 +2,13 @@
 
 CACHE/lock                     held for moments, while files are evicted or renamed
 CACHE/SET/                     a data set: the first 16 digits of its manifest's SHA-256
-CACHE/SET/train-000000.tar     a whole file; its mtime is the time of its last use
-CACHE/SET/NAME.BYTES.room.partial   BYTES are reserved for NAME, which is being downloaded
-CACHE/SET/NAME.TOKEN.partial   the part of NAME that has been downloaded
-CACHE/SET/locks/NAME.lock      held by the process that downloads NAME
+CACHE/SET/train.index.npy      a file beside its shards
+CACHE/SET/train-000000.tar     a shard that the store itself holds damaged
+CACHE/sha256/SHA256.tar        any other shard, by its content: versions of a set share it; its
+                               mtime is the time of its last use
+.../NAME.BYTES.room.partial    BYTES are reserved for NAME, which is being downloaded
+.../NAME.TOKEN.partial         the part of NAME that has been downloaded
+.../locks/NAME.lock            held by the process that downloads NAME
 
 Locks are `flock`s, which the kernel frees when their process ends. A partial file whose lock is
 free is a leftover, and the next process that needs room removes it. The size of the cache is
@@ -35,7 +38,10 @@ AS_STORED = ".as-stored"
 """Ending of a file beside a shard that the store itself holds damaged; it holds that SHA-256."""
 
 LOCKS = "locks"
-_SET = re.compile("[0-9a-f]{16}")
+SHARED = "sha256"
+"""Folder in CACHE with the shards that sets share."""
+_FOLDER = re.compile(f"[0-9a-f]{{16}}|{SHARED}")
+_SHARD = re.compile(r"[0-9a-f]{64}\.tar\b")
 _PARTIAL_NAME = re.compile(r"(?P<name>.+)\.(?:(?P<room>\d+)\.room|[0-9a-f]{8})\.partial")
 _POLL = 0.1
 """Seconds between two tries to take a lock that another process holds."""
@@ -68,7 +74,7 @@ class Cache:
         self.limit = limit
         self._timeout = timeout
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SHARED / LOCKS).mkdir(parents=True, exist_ok=True)
             if (lock := try_lock(folder / "lock")) is not None:
                 unlock(lock)
         except NoLocks as error:
@@ -80,6 +86,10 @@ class Cache:
                 f"cache {folder} cannot be written ({error.strerror}); "
                 "name another folder with --cache"
             ) from error
+
+    def locate(self, digest: str) -> Path:
+        """Return the path of a shard with this SHA-256, whether it is there or not."""
+        return self.folder / SHARED / f"{digest}.tar"
 
     def create_folder(self, identity: str, manifest: bytes) -> Path:
         """Return the folder of a data set, with its manifest in it.
@@ -264,10 +274,12 @@ class Cache:
     def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
         for folder in self.folder.iterdir():
             # CACHE may hold folders of other programs, with tars in them.
-            if not _SET.fullmatch(folder.name) or not (folder / LOCKS).is_dir():
+            if not _FOLDER.fullmatch(folder.name) or not (folder / LOCKS).is_dir():
                 continue
             for part in (folder, *(folder / VERSIONS).glob("*")):
                 for item in os.scandir(part):
+                    if folder.name == SHARED and not _SHARD.match(item.name):
+                        continue
                     with suppress(FileNotFoundError):  # removed meanwhile
                         if item.is_file():
                             yield Path(item.path), item.stat()

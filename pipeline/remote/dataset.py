@@ -25,6 +25,7 @@ from pipeline.dataset.manifest import (
     Manifest,
     Shard,
     check_seal,
+    find_root,
     identity,
 )
 from pipeline.dataset.record import RECORD, read_address, read_versions
@@ -47,7 +48,7 @@ from pipeline.remote.download import HashCheck, Store, translate_disk_errors
 from pipeline.remote.filesystem import StoreError, is_remote, local_path
 from pipeline.remote.local import Dataset, LocalDataset
 from pipeline.remote.prefetch import FetchOutcome, ShardPrefetcher
-from pipeline.tools.errors import DamagedFile, DataError, UsageError
+from pipeline.tools.errors import DamagedFile, DataError, DuetError, UsageError
 from pipeline.tools.files import sha256
 from pipeline.tools.jsonl import parse_json
 from pipeline.tools.progress import announce
@@ -70,6 +71,8 @@ def open_dataset(
 ) -> Dataset:
     """Open the data set in a folder or at an address.
 
+    Shards of a set in a folder may lie at an address, too: its manifest says so.
+
     An address is anything that fsspec knows: `https://host/folder`, `s3://bucket/folder`,
     `gs://bucket/folder`; the last two need the extras `s3` and `gs`. Credentials and endpoints
     come from the environment; see `pipeline.remote.filesystem`.
@@ -91,12 +94,24 @@ def open_dataset(
     """
     address = os.fspath(data)
     if not is_remote(address):
-        return LocalDataset(locate_version(local_path(address), version))
+        place = locate_version(local_path(address), version)
+        if Manifest.load(place).shards_at is None:
+            return LocalDataset(place)
+        address, version = f"file://{find_root(place).absolute()}", identity(place)
     store = Store(address)
     folder = (default_cache() if cache is None else Path(cache)).absolute()
     with announce(f"opening {hide_credentials(address)}"):
         kept = Cache(folder, cache_size, store.policy.lock_timeout)
         return RemoteDataset(store, kept, version=version)
+
+
+def is_streamed(data: str) -> bool:
+    """Return whether shards of a data set are read from a store; False for what is none."""
+    if is_remote(data):
+        return True
+    with suppress(DuetError):
+        return Manifest.load(local_path(data)).shards_at is not None
+    return False
 
 
 def fetch_metadata(
@@ -216,12 +231,14 @@ class RemoteDataset:
             UsageError: the cache cannot be written, or is too small for one shard.
             SetupError: its disk is full.
         """
-        self._store = store
+        self._store = self._shards = store
         self._cache = cache
         self._stop = threading.Event()
         with translate_disk_errors(cache.folder):
             found, self._newest = self._find_version(version)
             self._identity, self._manifest = found.identity, found.manifest
+            if found.manifest.shards_at is not None:
+                self._shards = Store(found.manifest.shards_at, store.policy)
             self.folder = self.root = cache.create_folder(found.identity, found.text)
             self._check_sizes(found.manifest)
             self._fetch_small(STATS, found.manifest.stats_sha256)
@@ -248,16 +265,21 @@ class RemoteDataset:
 
     def fetch_shard(self, shard: Shard) -> Path:
         """See `Dataset`."""
-        path = self.folder / shard.name
         with translate_disk_errors(self._cache.folder):
             while True:
                 if not self._is_here(shard):
                     self._fetch(shard, wait=True)
+                path = self.locate_shard(shard)
                 found = _file_id(path)
                 # None: evicted between two steps, by another process.
                 if found is not None and self._cache.touch(path):
                     self._returned[shard.name] = found
                     return path
+
+    def locate_shard(self, shard: Shard) -> Path:
+        """See `Dataset`; a copy that the store itself holds damaged is of this set alone."""
+        path, own = self._cache.locate(self._expect(shard).sha256), self.folder / shard.name
+        return own if not path.is_file() and self._as_stored(own) is not None else path
 
     def open(self, shard: Shard) -> BinaryIO:
         """See `Dataset`."""
@@ -272,7 +294,7 @@ class RemoteDataset:
 
     def recheck(self, shard: Shard) -> bool:
         """See `Dataset`."""
-        path, given = self.folder / shard.name, self._returned.get(shard.name)
+        path, given = self.locate_shard(shard), self._returned.get(shard.name)
         if given is None or _file_id(path) is None:
             return True  # not returned yet, or evicted: `fetch_shard` downloads it
         with translate_disk_errors(self._cache.folder):
@@ -280,7 +302,7 @@ class RemoteDataset:
             if found in (self._expect(shard).sha256, self._as_stored(path)):
                 return _file_id(path) != given
             self._fetch(shard, wait=True, replace=_file_id(path))
-            return self._as_stored(path) != found
+            return self._as_stored(self.locate_shard(shard)) != found
 
     def fetch_table(self, name: str, digest: str) -> None:
         """See `Dataset`."""
@@ -352,7 +374,7 @@ class RemoteDataset:
         return replace(shard, sha256=self._newest.purged.get(shard.name, shard.sha256))
 
     def _is_here(self, shard: Shard) -> bool:
-        path = self.folder / shard.name
+        path = self.locate_shard(shard)
         try:
             return path.stat().st_size == shard.bytes or self._as_stored(path) is not None
         except FileNotFoundError:
@@ -367,13 +389,13 @@ class RemoteDataset:
 
     def _prefetch(self, shard: Shard, wanted: Sequence[Shard]) -> FetchOutcome:
         """Download in the background, without waiting for another process or for room."""
-        path = self.folder / shard.name
-        if self._is_here(shard) and self._cache.touch(path):  # so that nobody evicts it now
+        if self._is_here(shard) and self._cache.touch(self.locate_shard(shard)):
+            # Nobody evicts it now.
             return FetchOutcome.HERE
         # Free space goes to the shards that are needed first, whichever thread is faster.
         sooner = itertools.takewhile(lambda other: other != shard, wanted)
         beside = sum(other.bytes for other in sooner if not self._is_here(other))
-        spare = {self.folder / other.name for other in wanted}
+        spare = set(map(self.locate_shard, wanted))
         return self._fetch(shard, wait=False, spare=spare, beside=beside)
 
     def _fetch(
@@ -394,15 +416,16 @@ class RemoteDataset:
             beside: bytes of shards that are needed sooner and are not in the cache yet.
             replace: identity of a local copy that is damaged; see `_file_id`.
         """
-        path, cache = self.folder / shard.name, self._cache
+        expected, cache = self._expect(shard), self._cache
+        path = cache.locate(expected.sha256)
 
         def is_here() -> bool:
-            is_new = replace is None or _file_id(path) not in (None, replace)
+            is_new = replace is None or _file_id(self.locate_shard(shard)) not in (None, replace)
             return is_new and self._is_here(shard)
 
         if spare is None:
-            spare = {self.folder / other.name for other in self._prefetcher.wanted}
-        check = HashCheck(self._expect(shard))
+            spare = set(map(self.locate_shard, self._prefetcher.wanted))
+        check = HashCheck(expected)
         with cache.lock_file(path, wait=wait, until=is_here, stop=self._stop) as is_mine:
             if is_here():
                 return FetchOutcome.HERE
@@ -412,16 +435,19 @@ class RemoteDataset:
                 path, shard.bytes, beside=beside, spare=spare, wait=wait, stop=self._stop
             ) as has_room:
                 if has_room:
-                    downloaded = self._store.fetch(
+                    downloaded = self._shards.fetch(
                         shard.name,
-                        self.folder,
+                        path.parent,
                         check,
                         limit=shard.bytes,
                         stop=self._stop,
                         attempts=None if wait else PREFETCH_ATTEMPTS,
+                        local=path.name,
                     )
                     if check.as_stored is not None:
                         self._refuse_rebuilt_set()
+                        path.unlink(missing_ok=True)
+                        path = self.folder / shard.name
                     cache.install(downloaded, path, check.as_stored)
                 return FetchOutcome.HERE if has_room else FetchOutcome.NO_ROOM
 

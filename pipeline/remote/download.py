@@ -89,6 +89,7 @@ class Store:
         limit: int,
         stop: threading.Event,
         attempts: int | None = None,
+        local: str = "",
     ) -> Path:
         """Download file `name` into `folder` under a name of its own that ends with `.partial`.
 
@@ -102,6 +103,7 @@ class Store:
             limit: largest number of bytes that are accepted.
             stop: ends the tries and the pauses when set.
             attempts: number of tries, in place of the policy's.
+            local: beginning of the local name; by default `name`.
 
         Returns:
             The path of the file that passed the check. The caller renames or removes it.
@@ -114,7 +116,7 @@ class Store:
         """
 
         def download() -> Path:
-            path = folder / f"{name}.{secrets.token_hex(4)}{PARTIAL}"
+            path = folder / f"{local or name}.{secrets.token_hex(4)}{PARTIAL}"
             try:
                 with translate_disk_errors(folder):
                     self._transfer(name, path, limit, stop)

@@ -26,7 +26,7 @@ class Dataset(Protocol):
     the files beside its shards are."""
 
     root: Path
-    """Local folder with the shards; one of a remote data set is in it after `fetch_shard`."""
+    """Local folder of all versions; that of a remote data set is in the cache."""
 
     def list_versions(self) -> Iterator[SealedVersion]:
         """Yield this version and those before it, down to the first.
@@ -54,6 +54,9 @@ class Dataset(Protocol):
             StoreError: the store did not give it, after all tries.
             UsageError, SetupError: the cache cannot be written, or its disk is full.
         """
+
+    def locate_shard(self, shard: Shard) -> Path:
+        """Return the local path of a shard, whether it is there or not."""
 
     def open(self, shard: Shard) -> BinaryIO:
         """Open a shard for reading (unbuffered reads and `mmap` are up to the caller).
@@ -116,12 +119,16 @@ class LocalDataset:
 
     def fetch_shard(self, shard: Shard) -> Path:
         """See `Dataset`."""
-        path = self.root / shard.name
+        path = self.locate_shard(shard)
         with FileAccess(path):
             is_there = path.is_file()
         if not is_there:
             raise DataError(f"shard {path} is missing; restore it, or {REBUILD}")
         return path
+
+    def locate_shard(self, shard: Shard) -> Path:
+        """See `Dataset`."""
+        return self.root / shard.name
 
     def open(self, shard: Shard) -> BinaryIO:
         """See `Dataset`."""

@@ -106,7 +106,7 @@ def find_files(source: str, ending: str) -> SourceFiles | None:
     if not pattern:
         return None
     found = []
-    for name in _expand_braces(source):
+    for name in expand_braces(source):
         if (mask := _escape_existing(name, os.path.exists)) is not None:
             found += sorted(glob.glob(mask, recursive=True))  # noqa: PTH207 - any root
         elif os.path.exists(name) or not name.lower().endswith(ending):  # noqa: PTH110
@@ -217,22 +217,37 @@ def _find_remote(source: str, ending: str, pattern: bool) -> SourceFiles | None:
     ):
         return None
 
-    def list_store(folder: str) -> list[str]:
+    list_names = cache(partial(list_folder, client=client))
+    if not list_names(source.rstrip("/")):
+        raise UsageError(f"source {safe} is not there, or is empty; look for a slip in the address")
+    return _find_in_folders(source.rstrip("/"), ending, list_names)
+
+
+def list_folder(address: str, client: Client | None = None) -> list[str]:
+    """Return the addresses of what is in a folder of a store; none if it is not there.
+
+    Args:
+        address: of the folder.
+        client: of this store, which lists; by default one of its own.
+
+    Raises:
+        UsageError, SetupError: as `check_address`.
+        Unreachable: the store does not answer, or refuses.
+    """
+    if client is None:
+        check_address(address, "source", chain=False)
+        client = Client(address, lists=True)
+
+    def list_store() -> list[str]:
         try:
-            names = client.system.ls(folder, detail=False)
+            names = client.system.ls(address, detail=False)
             return [client.system.unstrip_protocol(name) for name in names]
         except FileNotFoundError as error:
             if explain_refusal(error):  # nobody can tell whether there is something
                 raise
             return []
 
-    @cache
-    def list_names(folder: str) -> list[str]:
-        return retry(partial(list_store, folder), safe, RetryPolicy(), error=Unreachable)
-
-    if not list_names(source.rstrip("/")):
-        raise UsageError(f"source {safe} is not there, or is empty; look for a slip in the address")
-    return _find_in_folders(source.rstrip("/"), ending, list_names)
+    return retry(list_store, hide_credentials(address), RetryPolicy(), error=Unreachable)
 
 
 def _expand_remote(source: str, client: Client) -> list[str]:
@@ -247,7 +262,7 @@ def _expand_remote(source: str, client: Client) -> list[str]:
             lambda: bool(client.system.exists(name)), safe, RetryPolicy(), error=Unreachable
         )
 
-    for name in _expand_braces(source):
+    for name in expand_braces(source):
         mask = _escape_existing(name, exists)
         if mask is not None and is_web(source):
             raise UsageError(
@@ -315,8 +330,12 @@ def _select_files(names: Iterable[str], ending: str, folder: str | None) -> Sour
     return SourceFiles(tuple(chosen), folder, tuple(beside)) if chosen else None
 
 
-def _expand_braces(source: str) -> list[str]:
-    """Expand `{a,b}` and `{000..146}`, as webdataset does."""
+def expand_braces(source: str) -> list[str]:
+    """Expand `{a,b}` and `{000..146}`, as webdataset does.
+
+    Raises:
+        UsageError: too many names, or braces that cannot be read.
+    """
     safe = hide_credentials(source)
     # The library writes a range out before it yields the first name.
     for first, last in _RANGE.findall(source):

@@ -453,7 +453,7 @@ class ShardReader:
             what = f"cannot be read ({error.strerror})"
             if error.errno in MEDIUM_ERRORS:
                 return what
-            path = self._dataset.root / self.shards[shard].name
+            path = self._dataset.locate_shard(self.shards[shard])
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 why = f"cannot be opened ({error.strerror}); raise `ulimit -n`"
                 raise SetupError(f"shard {path} {why}") from error

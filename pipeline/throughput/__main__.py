@@ -25,7 +25,7 @@ from rich.text import Text
 
 from pipeline.dataset.versions import parse_version
 from pipeline.options import ThroughputOptions
-from pipeline.remote.filesystem import is_remote
+from pipeline.remote.dataset import is_streamed
 from pipeline.stream.operators import require_dali
 from pipeline.throughput.capacity import plan_capacity, print_plan
 from pipeline.throughput.diagnosis import examine
@@ -62,7 +62,7 @@ def make_setting(options: ThroughputOptions) -> Setting:
         return Setting(
             data=data, version=parse_version(options.data_version, "--data-version"),
             split=options.split, device=options.device, window=options.window,
-            shuffle=options.shuffle or ("block" if is_remote(data) else "full"),
+            shuffle=options.shuffle or ("block" if is_streamed(data) else "full"),
             batch_size=options.batch_size, threads=options.threads, prefetch=options.prefetch,
             hw_decoder_load=options.hw_decoder_load, cache=options.cache,
             cache_size=parse_size(options.cache_size),

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 
 from pipeline.dataset.manifest import identity
 from pipeline.options import ThroughputOptions
-from pipeline.remote.filesystem import is_remote
+from pipeline.remote.dataset import is_streamed
 from pipeline.stream.config import MAX_THREADS
 from pipeline.stream.timing import WaitTimes
 from pipeline.throughput import stages
@@ -122,7 +122,7 @@ def examine(
         DuetError: as `Stream` does.
     """
     with open_parts(setting) as parts, Progress("examining", total=6, unit="parts") as progress:
-        fetched = measure_fetching(setting, 2 * seconds) if is_remote(setting.data) else None
+        fetched = measure_fetching(setting, 2 * seconds) if is_streamed(setting.data) else None
         progress.advance(1)
         batches = max(1, min(len(parts.shard_reader) // setting.batch_size, 160))
         alone = stages.measure_stages(parts, seconds, batches)

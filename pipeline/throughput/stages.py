@@ -357,8 +357,8 @@ class StageRates:
 def measure_stages(parts: Parts, seconds: float, batches: int) -> StageRates:
     """Measure every stage and its limit, about `seconds` each."""
     cold, kept = measure_cold_reading(parts, min(batches, 60))
-    folder = parts.dataset.root  # of a data set in a store, only the shards in the cache
-    here = (shard for shard in parts.shard_reader.shards if (folder / shard.name).is_file())
+    locate = parts.dataset.locate_shard  # of a data set in a store, only the shards in the cache
+    here = (shard for shard in parts.shard_reader.shards if locate(shard).is_file())
     paths = [parts.dataset.fetch_shard(shard) for shard in itertools.islice(here, 16)]
     disk, left = hardware.measure_disk(paths)
     disk = disk if left < COLD else 0.0

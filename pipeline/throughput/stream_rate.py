@@ -17,7 +17,7 @@ from pathlib import Path
 
 from pipeline.batches import Stream
 from pipeline.dataset.manifest import Manifest
-from pipeline.remote.filesystem import is_remote
+from pipeline.remote.dataset import is_streamed
 from pipeline.stream.loader import EncodedBatch
 from pipeline.stream.timing import WaitTimes
 from pipeline.throughput.clock import FEWEST, CpuLoad, Rate, measure_until_steady
@@ -234,8 +234,8 @@ def measure_rate(
     with ExitStack() as stack:
         source: Iterator[object]
         if reader == "native":
-            if is_remote(setting.data):
-                raise UsageError(f"--reader native reads local folders only, not {setting.data}")
+            if is_streamed(setting.data):
+                raise UsageError(f"--reader native reads local shards only, not {setting.data}")
             native = DaliReader(setting.open_dataset().folder, setting)
             source = map(next, itertools.repeat(native))
         else:

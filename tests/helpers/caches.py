@@ -24,4 +24,5 @@ def small_size(data: Path, count: int) -> int:
 
 def here(data: RemoteDataset) -> set[int]:
     """Return the numbers of the training shards that are in the cache."""
-    return {int(path.name[6:12]) for path in data.folder.glob("train-*.tar")}
+    known = enumerate(shards(data.folder))
+    return {number for number, shard in known if data.locate_shard(shard).is_file()}

@@ -125,7 +125,11 @@ def test_the_command_ends_with_one_line_and_the_right_code(folder, tmp_path, mon
         ([folder, "--train", "*", "--val", "*val*"], "belongs to train and to val"),
         ([folder, "--train", "a/*.tar"], "has a /"),
         ([folder, "--workers", "0"], "out of range"),
-        (["s3://bucket/set"], "is no folder of this machine"),
+        (["https://host/set"], "takes no files; name a folder for the index with --out"),
+        (["hf://datasets/a/b"], "takes no files; name a folder for the index with --out"),
+        (["https://host/set", "--out", folder / "x"], "has no list of its files; name the shards"),
+        ([folder, "--out", folder / "x"], "--out is for shards at an address"),
+        (["https://me:secret@host/set", "--out", "x"], "with its credentials; give it without"),
     ):
         monkeypatch.setattr(sys, "argv", ["index", *map(str, arguments)])
         with pytest.raises(UsageError) as refusal:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.remote.filesystem import RetryPolicy
 from pipeline.tools.errors import UsageError
+from pipeline.tools.files import sha256
 from tests.helpers.caches import here, size_of, small_size
 from tests.helpers.http_servers import HASTY, QUICK, Server, remote, shards, wait_for
 
@@ -21,7 +22,7 @@ def test_least_recently_used_leaves_first(server, tiny_data, tmp_path):
     data = remote(server.address, tmp_path, size=small_size(tiny_data, 3))
     for number in (0, 1, 2, 0):
         data.fetch_shard(known[number])
-    held = (data.folder / known[1].name).open("rb")
+    held = data.locate_shard(known[1]).open("rb")
     data.fetch_shard(known[3])
     assert here(data) == {0, 2, 3}
     data.fetch_shard(known[4])
@@ -52,7 +53,9 @@ def test_all_sets_share_the_room(server, tiny_data, tmp_path):
         one.fetch_shard(known[0])
         one.fetch_shard(known[1])
         two.fetch_shard(known[2])
-        assert (here(one), here(two)) == ({1}, {2})
+        assert here(one) == here(two) == {1, 2}
+        assert two.fetch_shard(known[1]) == one.fetch_shard(known[1])
+        assert not other.counts[known[1].name]
         assert size_of(cache) <= room
 
 
@@ -96,7 +99,7 @@ def test_never_larger_than_it_may_be(tiny_data, tmp_path_factory, rooms, calls):
     assert not over
     assert size_of(cache) <= limit
     for path in cache.rglob("*.tar"):
-        assert path.read_bytes() == (tiny_data / path.name).read_bytes()
+        assert sha256(path) == path.stem
 
 
 def test_fetching_ahead_does_not_remove_what_is_wished_for(server, tiny_data, tmp_path):
@@ -144,7 +147,13 @@ def test_a_cache_that_is_too_small(server, tiny_data, tmp_path):
 
 
 def test_files_of_others_are_not_touched(server, tiny_data, tmp_path):
-    for place in ("mine.tar", "set/mine.tar", "set/x.partial", "0123456789abcdef/mine.tar"):
+    for place in (
+        "mine.tar",
+        "set/mine.tar",
+        "set/x.partial",
+        "0123456789abcdef/mine.tar",
+        "sha256/x.tar",
+    ):
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / place).write_bytes(bytes(10**6))
     before = sorted(path for path in tmp_path.rglob("*") if path.is_file())

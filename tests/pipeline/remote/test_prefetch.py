@@ -23,7 +23,7 @@ def test_fetching_ahead(server, tiny_data, tmp_path):
     began = time.monotonic()
     data.prefetch(wanted)
     assert time.monotonic() - began < 0.5
-    wait_for(lambda: all((data.folder / shard.name).is_file() for shard in wanted))
+    wait_for(lambda: all(data.locate_shard(shard).is_file() for shard in wanted))
     data.prefetch(wanted)
     for shard in wanted:
         assert data.fetch_shard(shard).read_bytes() == (tiny_data / shard.name).read_bytes()
@@ -38,8 +38,8 @@ def test_new_wishes_replace_those_not_begun(server, tiny_data, tmp_path):
     data.prefetch([first, *dropped])
     wait_for(lambda: server.counts[first.name] == 1)
     data.prefetch([last])
-    wait_for(lambda: (data.folder / last.name).is_file())
-    assert (data.folder / first.name).is_file()
+    wait_for(lambda: data.locate_shard(last).is_file())
+    assert data.locate_shard(first).is_file()
     assert not any(server.counts[shard.name] for shard in dropped)
     data.close()
 
@@ -49,7 +49,7 @@ def test_what_fails_in_the_background_is_raised_where_it_is_needed(server, tiny_
     server.fail(bad.name, ALWAYS("503"))
     data = remote(server.address, tmp_path, threads=1)
     data.prefetch([bad, good])
-    wait_for(lambda: (data.folder / good.name).is_file())
+    wait_for(lambda: data.locate_shard(good).is_file())
     with pytest.raises(StoreError, match=bad.name):
         data.fetch_shard(bad)
     server.fail(bad.name, [])
@@ -79,7 +79,7 @@ def test_interpreter_ends_while_a_fetch_is_stuck(server, tiny_data, tmp_path):
         "import sys, time; from pathlib import Path; from tests.helpers.http_servers import *\n"
         "data = remote(sys.argv[1], Path(sys.argv[2]), policy=RetryPolicy(4, 1, 30))\n"
         "data.prefetch(shards(data.folder))\n"
-        "while not list(data.folder.glob('*.tar.*')): time.sleep(.01)\n"
+        "while not list(data.folder.parent.glob('*/*.tar.*')): time.sleep(.01)\n"
         "time.sleep(.2); print('end', time.time())\n"
     )
     command = [sys.executable, "-c", script, server.address, str(tmp_path)]

@@ -13,7 +13,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.manifest import identity
 from pipeline.remote.filesystem import RetryPolicy, StoreError
 from pipeline.tools.errors import UsageError
-from tests.helpers.http_servers import Server
+from tests.helpers.http_servers import Server, shards
 from tests.helpers.images import flip_bit
 
 
@@ -51,7 +51,11 @@ def test_a_rotten_cache_is_healed_and_rot_in_the_store_is_replaced(tiny_data, tm
             first = next(stream)
             assert set(stream.damaged) == {7}
         (copy,) = cache.glob(f"{identity(data)[:16]}*")
+        (link := copy / "train-000003.tar").symlink_to(
+            cache / f"sha256/{shards(data)[3].sha256}.tar"
+        )
         flip_bit(copy, "train", 33)
+        link.unlink()
         with Stream(server.address, cache=cache, batch_size=48) as stream:
             again = next(stream)
             assert set(stream.damaged) == {7}
