@@ -31,7 +31,6 @@ from pipeline.dataset.check import (
     check_shard,
     check_stats,
     check_tables,
-    find_unknown_files,
     make_damage_row,
 )
 from pipeline.dataset.index import map_index
@@ -42,6 +41,7 @@ from pipeline.dataset.tar import escape
 from pipeline.dataset.versions import (
     Version,
     Withdrawn,
+    find_unknown_files,
     list_versions,
     load_withdrawn,
     locate_version,
@@ -107,6 +107,11 @@ def check(
     except DamagedFile as error:  # where it says the files are, nobody should look
         name = os.path.relpath(error.path, root)
         return VerificationReport([make_damage_row(name, error.reason)])
+    if manifest.shards_at is not None:
+        raise UsageError(
+            f"verify reads local shards, and those of {root} lie at {manifest.shards_at}; each is "
+            "checked when it is fetched"
+        )
     report = VerificationReport()
     report.notes = find_unknown_files(root, versions)
     report.damage += check_stats(data, manifest) + check_lists(data, manifest)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from pipeline.dataset.manifest import Manifest
 from pipeline.options import WithdrawOptions
 from pipeline.packing.build import disk_errors_in_one_line
 from pipeline.packing.revision import Parent
-from pipeline.packing.withdrawal import find_class, find_samples, withdraw
+from pipeline.packing.withdrawal import Withdrawal, find_class, find_samples, withdraw
 from pipeline.remote.target import Target, is_finished, open_target
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, run
@@ -43,6 +44,13 @@ def make_version(
         UsageError: no such data set, key or class, or another command changes the set.
         DataError: the set is damaged.
     """
+    return run_withdrawal(options, target, pool).manifest
+
+
+def run_withdrawal(
+    options: WithdrawOptions, target: Target | None = None, pool: Pool | None = None
+) -> Withdrawal:
+    """Make the version as `make_version`, and return what was done."""
     options.check()
     target = target or open_target(options.data)
     with disk_errors_in_one_line(target):
@@ -76,17 +84,36 @@ def _read_keys(path: Path) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Withdraw, then report the new version."""
     options = parse_options(WithdrawOptions, argv, "python -m pipeline.withdraw")
-    manifest = make_version(options)
-    samples = {name: split.samples for name, split in manifest.splits.items()}
+    done = run_withdrawal(options)
+    manifest = done.manifest
     if options.json:
+        samples = {name: split.samples for name, split in manifest.splits.items()}
         facts = {"data": options.data, "version": manifest.number, "samples": samples}
-        sys.stdout.write(json.dumps(facts | {"change": manifest.change}) + "\n")
-    left = ", ".join(f"{count:,} {name}" for name, count in samples.items())
-    count = manifest.change.get("withdrawn", 0)
+        facts |= {"change": manifest.change, "new": done.is_new}
+        purge = {"purged": done.purged, "shards": done.shards, "rewritten": done.rewritten}
+        sys.stdout.write(json.dumps(facts | (purge if options.purge else {})) + "\n")
     sys.stderr.write(
-        f"version {manifest.number} of {options.data}: {count:,} samples withdrawn, {left} left\n"
+        f"version {manifest.number} of {options.data}: {'; '.join(_describe(options, done))}\n"
     )
     return 0
+
+
+def _describe(options: WithdrawOptions, done: Withdrawal) -> Iterator[str]:
+    """Yield what was withdrawn, and what was purged."""
+    counts = done.manifest.change.get("withdrawn_from", {})
+    if options.keys is not None or options.class_name is not None:
+        names = len(set(_read_keys(options.keys))) if options.keys is not None else 0
+        what = f"{names:,} name{'s' * (names != 1)}" if names else f"class {options.class_name}"
+        found = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        splits = done.manifest.splits.items()
+        left = ", ".join(f"{split.samples:,} {name}" for name, split in splits)
+        yield f"{what}, {sum(counts.values()):,} samples withdrawn ({found}), {left} left"
+    if options.purge:
+        held = f"{done.purged:,} withdrawn samples in {done.shards:,} shards"
+        if done.rewritten:
+            yield f"the bytes of {held} are gone, {done.rewritten:,} shards rewritten"
+        else:
+            yield f"the bytes of {held} were gone already, and nothing was done"
 
 
 if __name__ == "__main__":

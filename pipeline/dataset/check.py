@@ -8,7 +8,7 @@ damaged.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -29,8 +29,13 @@ from pipeline.dataset.index import (
     map_index,
     sample_key,
 )
-from pipeline.dataset.manifest import DUPLICATES, REJECTS, VERSIONS, Manifest, Shard, tables_folder
-from pipeline.dataset.manifest import NAME as MANIFEST
+from pipeline.dataset.manifest import (
+    DUPLICATES,
+    REJECTS,
+    Manifest,
+    Shard,
+    tables_folder,
+)
 from pipeline.dataset.members import (
     TEXT_KINDS,
     Members,
@@ -52,7 +57,7 @@ from pipeline.dataset.samples import (
 )
 from pipeline.dataset.shards import format_idx, parse_idx, shard_number
 from pipeline.dataset.tar import Member, TarFault, escape, read_members
-from pipeline.dataset.versions import WITHDRAWN, SealedVersion
+from pipeline.dataset.versions import WITHDRAWN
 from pipeline.tools.errors import DamagedFile, refuse_forbidden
 from pipeline.tools.files import HashedFile, sha256
 from pipeline.tools.jsonl import parse_rows
@@ -183,20 +188,6 @@ def _check_list(path: Path, manifest: Manifest, field: str, columns: set[str]) -
         return [make_damage_row(path.name, _describe(error))]
     reason = f"has {count:,} rows, the manifest says {field}: {expected:,}"
     return [make_damage_row(path.name, reason)] if count != expected else []
-
-
-def find_unknown_files(data: Path, versions: Iterable[SealedVersion]) -> list[str]:
-    """Return the names of files and folders that no version has in `data`; they do no harm."""
-    known = {MANIFEST, AGGREGATES}
-    for version in versions:
-        manifest = version.manifest
-        known |= {VERSIONS} if manifest.tables_in else {STATS, REJECTS, DUPLICATES}
-        for name, split in manifest.splits.items():
-            if not manifest.tables_in:
-                known |= {index_name(name), *(f"{name}.{table}" for table in split.tables)}
-            for shard in split.shards:
-                known |= {shard.name, Path(shard.name).with_suffix(".idx").name}
-    return sorted(path.name for path in data.iterdir() if path.name not in known)
 
 
 class CheckJob(NamedTuple):

@@ -22,9 +22,18 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.dataset.aggregates import NAME as AGGREGATES
+from pipeline.dataset.image_stats import NAME as STATS
+from pipeline.dataset.index import index_name
 from pipeline.dataset.manifest import (
+    CARD_MARK,
+    CROISSANT,
+    DUPLICATES,
     LARGEST,
     NAME,
+    README,
+    REJECTS,
+    VERSIONS,
     Manifest,
     find_root,
     tables_folder,
@@ -38,6 +47,8 @@ WITHDRAWN = "withdrawn.jsonl"
 """List of a version's folder: a line for each shard with samples that were withdrawn."""
 LATEST = "latest"
 """Word for the newest version, where a flag names one."""
+LARGEST_CARD = 1 << 20
+"""Bytes of a README.md in which the mark of a card is looked for."""
 LEAST_DIGITS = 8
 """Digits of an identity by which a version may be named."""
 
@@ -195,6 +206,31 @@ def locate_version(folder: Path, wanted: Version) -> Path:
     found = find_version(read_local(root), wanted, str(root))
     own = root / version_folder(found.number)
     return own if (own / NAME).is_file() else root
+
+
+def find_unknown_files(data: Path, versions: Iterable[SealedVersion]) -> list[str]:
+    """Return the names of files and folders that no version has in `data`; they do no harm."""
+    known = {NAME, AGGREGATES}
+    if _is_card(data / README):
+        known |= {README, CROISSANT}
+    for version in versions:
+        manifest = version.manifest
+        known |= {VERSIONS} if manifest.tables_in else {STATS, REJECTS, DUPLICATES}
+        for name, split in manifest.splits.items():
+            if not manifest.tables_in:
+                known |= {index_name(name), *(f"{name}.{table}" for table in split.tables)}
+            for shard in split.shards:
+                known |= {shard.name, Path(shard.name).with_suffix(".idx").name}
+    return sorted(path.name for path in data.iterdir() if path.name not in known)
+
+
+def _is_card(path: Path) -> bool:
+    """Return whether a README.md is that of the set's own card."""
+    try:
+        with path.open("rb") as file:
+            return CARD_MARK.encode() in file.read(LARGEST_CARD)
+    except OSError:
+        return False
 
 
 def load_withdrawn(folder: Path, newest: Manifest) -> Withdrawn:

@@ -39,7 +39,12 @@ from pipeline.packing.build import (
 from pipeline.packing.chunks import ChunkError, chunk_facts_name
 from pipeline.packing.known import KnownImages, content_keys, save_known
 from pipeline.packing.measure import subtract_images
-from pipeline.packing.plan import BuildPlan, compute_fingerprint
+from pipeline.packing.plan import (
+    BuildPlan,
+    choose_held_out,
+    compute_fingerprint,
+    read_holdout,
+)
 from pipeline.packing.revision import Ids, NewSamples, Parent, SplitEdit, VersionFacts, seal_version
 from pipeline.packing.shards import FOLDER as SHARDS
 from pipeline.packing.shards import CollectedChunks, collect_chunks, read_shards
@@ -227,23 +232,27 @@ def _list_rejects(options: BuildConfig, parent: Parent, scratch: Path) -> dict[s
     """List those images of all sources of a set that were rejected, or lie in a damaged one."""
     rejects = list(read_rejects(parent.rejects)) if parent.rejects else []
     names = {reject.name for reject in rejects} | set(filter(None, map(_find_damaged, rejects)))
-    sources: dict[tuple[str, str], None] = {}
+    sources = dict[tuple[str, str], float]()
     for version in reversed(parent.versions):
         found = version.manifest.change.get("sources", version.manifest.sources)
+        share = read_holdout(found)
         for split, source in found.items():
-            if not re.match(r"[0-9.e-]+ of ", source):  # --holdout: rejects of a split go to train
-                sources.setdefault((split, source))
+            if split == "train" or not share:
+                sources.setdefault((split, source), share)
     listings: dict[str, list[Listing]] = {}
-    for split, source in sources:
+    for (split, source), share in sources.items():
         listing = _scan(options, source, split, parent, scratch)
+        held = choose_held_out(listing, share, parent.manifest.seed)
         is_damaged = [one.address in names for one in listing.containers]
         places = [
             n
             for n, container in enumerate(listing.rows["container"].tolist())
             if is_damaged[container] or listing.full_name(n) in names
         ]
-        if places:
-            listings.setdefault(split, []).append(_select(listing, places))
+        for name in dict.fromkeys((split, "val")):
+            some = [place for place in places if held[place] == (name != split)]
+            if some:
+                listings.setdefault(name, []).append(_select(listing, some))
     return listings
 
 

@@ -73,7 +73,7 @@ class DuplicateMember(NamedTuple):
     """Sample id in the split."""
     label: int
     name: str
-    """Container and name of the source image."""
+    """Name of the source image, as `SPLIT.names.txt` has it."""
 
 
 class DuplicateCounts(NamedTuple):

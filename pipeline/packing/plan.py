@@ -6,8 +6,10 @@ import bisect
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -157,10 +159,13 @@ class BuildPlan:
         listing, place = self._find(row)
         return listing.full_name(place)
 
+    @cached_property
+    def _prefixes(self) -> list[list[str]]:
+        return [_prefix_containers(listing) for listing in self.listings]
+
     def list_names(self, rows: Places) -> Iterator[str]:
         """Yield the names of images relative to their source: `cats/1.jpg`, `n0.tar/n0_1.JPEG`."""
-        firsts = self.first_rows
-        prefixes = [_prefix_containers(listing) for listing in self.listings]
+        firsts, prefixes = self.first_rows, self._prefixes
         for start in range(0, len(rows), ROWS_AT_A_TIME):
             some = rows[start : start + ROWS_AT_A_TIME]
             of_listing = np.searchsorted(firsts, some, side="right") - 1
@@ -217,7 +222,7 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
             )
         )
     first = np.arange(len(listings[0]), dtype=np.uint32)
-    held = _choose_held_out(listings[0], options) if options.holdout else np.zeros(len(first), bool)
+    held = choose_held_out(listings[0], options.holdout, options.seed)
     split = {"train": first[~held]}
     if options.val is not None:
         split["val"] = np.arange(len(listings[1]), dtype=np.uint32) + np.uint32(len(listings[0]))
@@ -266,8 +271,36 @@ def _refuse_empty_class(listing: Listing) -> None:
         )
 
 
-def _choose_held_out(listing: Listing, options: BuildConfig) -> npt.NDArray[np.bool_]:
-    """Choose validation images of each class at random; each class keeps one in either split."""
+def describe_holdout(share: float, source: str) -> str:
+    """Return the source of a validation split that is a share of the training source."""
+    short = f"{share:g}"
+    return f"{short if float(short) == share else share} of {source}"
+
+
+def read_holdout(sources: Mapping[str, str]) -> float:
+    """Return the share that `describe_holdout` wrote among the sources of the splits; 0: none."""
+    train, val = sources.get("train"), sources.get("val", "")
+    text = val.partition(" ")[0]
+    with suppress(ValueError):
+        share = float(text)
+        if 0 < share < 1 and train is not None and val == f"{text} of {train}":
+            return share
+    return 0.0
+
+
+def choose_held_out(listing: Listing, share: float, seed: int) -> npt.NDArray[np.bool_]:
+    """Choose validation images of each class at random; each class keeps one in either split.
+
+    Args:
+        listing: the training source.
+        share: of its images, 0 to below 1; 0: none.
+        seed: of the build.
+
+    Raises:
+        UsageError: a class has one image.
+    """
+    if not share:
+        return np.zeros(len(listing), np.bool_)
     labels = np.maximum(listing.rows["label"], 0)  # without classes, all are of one
     by_class = np.argsort(labels, kind="stable")
     counts = np.bincount(labels, minlength=len(listing.classes))
@@ -277,11 +310,11 @@ def _choose_held_out(listing: Listing, options: BuildConfig) -> npt.NDArray[np.b
         if len(places) < 2:
             raise UsageError(
                 f"--holdout needs two images a class; {_describe_class(listing, label)} of "
-                f"{hide_credentials(options.train)} has {len(places)}: add images, remove the "
+                f"{hide_credentials(listing.source)} has {len(places)}: add images, remove the "
                 "class, or give validation images with --val in place of --holdout"
             )
-        count = min(len(places) - 1, max(1, round(len(places) * options.holdout)))
-        held[np.random.default_rng([options.seed, label]).permutation(places)[:count]] = True
+        count = min(len(places) - 1, max(1, round(len(places) * share)))
+        held[np.random.default_rng([seed, label]).permutation(places)[:count]] = True
     return held
 
 

@@ -59,7 +59,7 @@ from pipeline.packing.duplicates import (
     write_duplicates,
 )
 from pipeline.packing.known import PRESENT, WITHDRAWN
-from pipeline.packing.plan import BuildPlan, ChunkPlan, Places, mean_side
+from pipeline.packing.plan import BuildPlan, ChunkPlan, Places, describe_holdout, mean_side
 from pipeline.remote.target import WORK, ByteRange, Target
 from pipeline.sources import Reject
 from pipeline.sources.listing import map_file, read_rejects, summarize_rejects
@@ -384,7 +384,7 @@ def seal(
         Aggregates(collected.sums, hashes).write(out, indices)
     sources = {"train": str(options.train)}
     if "val" in splits:
-        sources["val"] = str(options.val or f"{options.holdout:g} of {options.train}")
+        sources["val"] = str(options.val or describe_holdout(options.holdout, sources["train"]))
     manifest = Manifest(
         splits=splits,
         classes=plan.classes,
@@ -435,7 +435,7 @@ def _write_duplicates(
             split=names[split_of[row]],
             sample=int(sample_of[row]),
             label=int(collected.taken["label"][row]),
-            name=plan.name(row),
+            name=next(plan.list_names(np.array([row], np.uint32))),
         )
 
     taken = collected.taken[rows]

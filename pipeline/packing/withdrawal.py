@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from isal import isal_zlib
@@ -100,10 +100,25 @@ def find_class(parent: Parent, name: str) -> dict[str, Ids]:
     return found
 
 
+class Withdrawal(NamedTuple):
+    """Result of withdrawing or purging."""
+
+    manifest: Manifest
+    """Manifest of the newest version."""
+    is_new: bool
+    """True if this made the version."""
+    purged: int = 0
+    """Number of withdrawn samples whose bytes are overwritten, now or before; 0 without a purge."""
+    shards: int = 0
+    """Number of shards that hold these."""
+    rewritten: int = 0
+    """Number of shards that were rewritten now."""
+
+
 def withdraw(
     parent: Parent, gone: dict[str, Ids], pool: Pool, scratch: Path, *, purge: bool
-) -> Manifest:
-    """Make a version without some samples, and return the manifest of the newest version.
+) -> Withdrawal:
+    """Make a version without some samples.
 
     Args:
         parent: the version before.
@@ -117,13 +132,23 @@ def withdraw(
         DataError: a file of the data set is damaged.
         OSError: the target cannot be read or written.
     """
+    if purge and parent.shards is not parent.target:
+        raise UsageError(
+            f"the shards of {parent.target.address} lie at {parent.shards.address}, which is not "
+            "written to; leave --purge out"
+        )
     withdrawn = _add_withdrawn(parent, gone)
     purged = _hash_purged(parent, withdrawn) if purge else {}
     manifest = parent.manifest
     if gone or any(manifest.purged.get(name) != digest for name, digest in purged.items()):
         manifest = _seal(parent, gone, withdrawn, purged, pool, scratch)
-    _purge(parent.target, withdrawn, purged)
-    return manifest
+    return Withdrawal(
+        manifest=manifest,
+        is_new=manifest is not parent.manifest,
+        purged=sum(len(withdrawn[name]) for name in purged),
+        shards=len(purged),
+        rewritten=_purge(parent.target, withdrawn, purged),
+    )
 
 
 def _add_withdrawn(parent: Parent, gone: dict[str, Ids]) -> Withdrawn:
@@ -172,7 +197,8 @@ def _seal(
             )
         edits[split] = SplitEdit(left)
     aggregates = parent.read_aggregates(pool, gone)
-    change: dict[str, Any] = {"withdrawn": sum(map(len, gone.values()))}
+    counts = {split: len(ids) for split, ids in gone.items()}
+    change: dict[str, Any] = {"withdrawn": sum(counts.values()), "withdrawn_from": counts}
     if purged:
         change["purged"] = sum(len(withdrawn[name]) for name in purged)
     rejects = parent.rejects
@@ -229,8 +255,9 @@ def _holds_damage(path: Path, samples: Iterable[WithdrawnSample]) -> bool:
     return False
 
 
-def _purge(target: Target, withdrawn: Withdrawn, purged: dict[str, str]) -> None:
-    """Overwrite withdrawn samples in the shards that still hold them."""
+def _purge(target: Target, withdrawn: Withdrawn, purged: dict[str, str]) -> int:
+    """Overwrite withdrawn samples in the shards that still hold them; return their number."""
+    rewritten = 0
     with Progress("purging", total=len(purged), unit="shard") as progress:
         for name, digest in purged.items():
             with _local_copy(target, name) as path:
@@ -238,7 +265,9 @@ def _purge(target: Target, withdrawn: Withdrawn, purged: dict[str, str]) -> None
                     with target.create(name) as file:
                         for block in _read_purged(path, withdrawn[name]):
                             file.write(block)
+                    rewritten += 1
             progress.advance(1)
+    return rewritten
 
 
 @contextmanager

@@ -16,12 +16,21 @@ import pytest
 from pipeline.batches import Stream
 from pipeline.dataset.index import save_index
 from pipeline.dataset.manifest import Manifest
+from pipeline.describe.__main__ import main as describe
 from pipeline.tools.errors import DataError, SetupError
 from pipeline.tools.files import HashedFile, sha256
 from pipeline.verify import check, verify
 from tests.helpers.images import flip_bit, jpeg, packed, rows_of
 from tests.helpers.processes import call_command
 from tests.helpers.resealed_data import SHARD, overwrite, reseal
+
+
+def test_a_card_is_part_of_the_set_and_a_page_of_another_hand_is_not(tiny_data, tmp_path):
+    data = Path(shutil.copytree(tiny_data, tmp_path / "data"))
+    assert describe([str(data), "--card", "--json", "--out", str(tmp_path / "page.html")]) == 0
+    assert check(data, workers=1).notes == []
+    (data / "README.md").write_text("mine")
+    assert check(data, workers=1).notes == ["README.md", "croissant.json"]
 
 
 def test_a_sound_set_has_no_damage(tiny_data):

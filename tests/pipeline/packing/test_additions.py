@@ -28,8 +28,9 @@ from pipeline.options import BuildConfig
 from pipeline.packing import plan
 from pipeline.packing.additions import add_version
 from pipeline.packing.build import build
+from pipeline.packing.plan import describe_holdout, read_holdout
 from pipeline.remote.target import WORK, FolderTarget, StoreTarget
-from pipeline.tools.errors import DamagedFile, DuetError, UsageError
+from pipeline.tools.errors import DamagedFile, DataError, DuetError, UsageError
 from pipeline.tools.processes import LocalPool
 from pipeline.verify import verify
 from tests.helpers.build_targets import Here, complaint, memory_address  # noqa: F401
@@ -205,6 +206,50 @@ def test_rejects_are_tried_again(sources, tmp_path):
     assert names(tmp_path / "data")[-1] == "cat/000.jpg"
     assert verify(tmp_path / "data", version=2) == []
     assert add(tmp_path / "data", retry_rejects=True).number == 2  # nothing can be read by now
+
+
+def test_mended_images_go_where_the_holdout_puts_them(sources, tmp_path):
+    settings = {"holdout": 0.25, "max_rejects": 0.9, **SMALL}
+    source = Path(shutil.copytree(sources / "one", tmp_path / "source"))
+    packed(tmp_path / "whole", train=source, **settings)
+    wanted = {split: set(names(tmp_path / "whole", split)) for split in ("train", "val")}
+    mended = {split: sorted(some)[:2] for split, some in wanted.items()}
+    for name in (*mended["train"], *mended["val"]):
+        (source / name).write_bytes(b"\xff\xd8 no image")
+    packed(tmp_path / "data", train=source, **settings)
+    shutil.copytree(sources / "one", source, dirs_exist_ok=True)
+    manifest = add(tmp_path / "data", retry_rejects=True)
+    assert (manifest.rejected, manifest.change["added"]) == (0, 4)
+    for split, some in wanted.items():
+        assert set(names(tmp_path / "data", split)) == some
+    assert verify(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize(
+    ("val", "share"),
+    [
+        (describe_holdout(0.1, "12 of x"), 0.1),
+        (describe_holdout(0.123456789, "12 of x"), 0.123456789),
+        ("12 of x", 0.0),
+        ("0.1 of y", 0.0),
+        ("2 of 12 of x", 0.0),
+        ("nan of 12 of x", 0.0),
+    ],
+)
+def test_a_holdout_is_told_from_a_source_of_such_a_name(val, share):
+    assert read_holdout({"train": "12 of x", "val": val}) == share
+
+
+def test_a_damaged_list_of_rejects_ends_in_one_line(data, sources):
+    text = (data / NAME).read_bytes()
+    (data / "rejects.jsonl").write_text('{"name": "x", "reason": "y"}\n')
+    with pytest.raises(DataError, match=r"rejects.jsonl is damaged; restore it") as raised:
+        add(data, sources / "two")
+    complaint(raised)
+    (data / "rejects.jsonl").unlink()
+    with pytest.raises(DataError, match=r"rejects.jsonl is missing; restore it"):
+        add(data, sources / "two")
+    assert (data / NAME).read_bytes() == text
 
 
 def test_the_rest_of_a_source_that_was_damaged_is_packed_when_it_is_mended(tmp_path):

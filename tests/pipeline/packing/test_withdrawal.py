@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import signal
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -29,7 +33,7 @@ from tests.helpers.build_targets import Here, complaint, memory_address  # noqa:
 from tests.helpers.foreign_shards import index, made_by_webdataset  # noqa: F401 - a fixture
 from tests.helpers.http_servers import Server
 from tests.helpers.images import folder_per_class, jpeg, packed
-from tests.pipeline.packing.test_additions import add, names
+from tests.pipeline.packing.test_additions import add, everything, names
 
 
 @pytest.fixture(scope="module", params=["jpeg", "raw"])
@@ -60,7 +64,10 @@ def test_withdrawn_samples_are_gone_from_the_index_and_listed(data, tmp_path):
     tars = {path.name: path.read_bytes() for path in data.glob("*.tar")}
     manifest = withdraw(data, "cat/001.jpg", "dog/003.jpg", file=tmp_path / "keys")
     gone = [before.index(name) for name in ("cat/001.jpg", "dog/003.jpg")]
-    assert manifest.change == {"withdrawn": 3}  # cat/001.jpg is in val, too
+    assert manifest.change == {
+        "withdrawn": 3,
+        "withdrawn_from": {"train": 2, "val": 1},
+    }  # cat/001.jpg is in val, too
     left = [name for place, name in enumerate(before) if place not in gone]
     assert names(data) == left
     after = load_index(data, "train", manifest)
@@ -93,7 +100,7 @@ def test_statistics_are_those_of_a_fresh_build_without_them(data, first, tmp_pat
 def test_a_class_is_withdrawn_and_its_label_stays(data):
     manifest = withdraw(data, class_name="bird")
     assert manifest.classes == ("apple", "bird", "cat", "dog")
-    assert manifest.change == {"withdrawn": 7}
+    assert manifest.change == {"withdrawn": 7, "withdrawn_from": {"train": 5, "val": 2}}
     assert set(load_index(data, "train", manifest)["label"].tolist()) == {0, 2, 3}
     assert verify(data) == []
     with pytest.raises(UsageError, match=r"'bird' of .* has no samples left"):
@@ -332,9 +339,27 @@ def test_the_command_reports_the_new_version(data, tmp_path, capsys):
     assert command.main([str(data), "--class", "cat", "--workers", "1", "--json"]) == 0
     out = capsys.readouterr()
     facts = json.loads(out.out)
-    assert (facts["version"], facts["change"]) == (2, {"withdrawn": 7})
-    assert "version 2 of" in out.err
-    assert "7 samples withdrawn" in out.err
+    counts = {"train": 5, "val": 2}
+    assert (facts["version"], facts["new"]) == (2, True)
+    assert facts["change"] == {"withdrawn": 7, "withdrawn_from": counts}
+    assert f"version 2 of {data}: class cat, 7 samples withdrawn (train 5, val 2), " in out.err
+
+
+def test_the_command_tells_names_from_samples_and_what_was_purged_before(data, tmp_path, capsys):
+    """A name that both splits have is one name."""
+    (tmp_path / "keys").write_text("dog/000.jpg\ndog/003.jpg\n")
+    arguments = [str(data), "--keys", str(tmp_path / "keys"), "--workers", "1"]
+    assert command.main(arguments) == 0
+    assert "2 names, 3 samples withdrawn (train 2, val 1)" in capsys.readouterr().err
+    shards = len(load_withdrawn(data, Manifest.load(data)))
+    for number, words in (
+        (3, f"3 withdrawn samples in {shards} shards are gone, {shards} shards rewritten"),
+        (3, f"3 withdrawn samples in {shards} shards were gone already, and nothing was done"),
+    ):
+        assert command.main([str(data), "--purge", "--workers", "1", "--json"]) == 0
+        out = capsys.readouterr()
+        assert (json.loads(out.out)["version"], words in out.err) == (number, True), out.err
+    assert json.loads(out.out) | {"new": False, "purged": 3, "rewritten": 0} == json.loads(out.out)
 
 
 def test_a_purge_does_not_take_a_damaged_shard_for_a_sound_one(data, tmp_path):
@@ -361,3 +386,41 @@ def test_a_purged_shard_of_a_store_is_sound_in_every_version(data, tmp_path):
             assert server.counts[shard.name] == 1, "it was taken for damaged, and fetched again"
         found.close()
     assert shards
+
+
+@pytest.mark.parametrize("many", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_withdrawals_and_purges_that_are_killed(data, tmp_path, many):
+    """Each version is whole at any moment; the end has the bytes of work that nobody killed."""
+    keys, first = ("dog/003.jpg", "cat/000.jpg"), shutil.copytree(data, tmp_path / "first")
+
+    def work(out: Path) -> None:
+        settings = {} if Manifest.load(out).number > 1 else {"file": tmp_path / "keys"}
+        withdraw(out, *(keys if settings else ()), purge=True, **settings)
+
+    begun = time.monotonic()
+    work(whole := Path(shutil.copytree(first, tmp_path / "whole")))
+    seconds, expected = time.monotonic() - begun, everything(whole)
+    manifests, kills, draw = {(data / NAME).read_bytes(), expected[NAME]}, 0, random.Random(0)
+    while kills < many:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                work(data)
+                code = 0
+            finally:
+                os._exit(code)
+        time.sleep(draw.uniform(0, seconds))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += os.WIFSIGNALED(status)
+        assert (data / NAME).read_bytes() in manifests
+        for version in range(1, Manifest.load(data).number + 1):
+            assert verify(data, version=version) == []
+        if not os.WIFSIGNALED(status):
+            assert os.WEXITSTATUS(status) == 0
+            assert everything(data) == expected
+            shutil.rmtree(data)
+            shutil.copytree(first, data)
+    work(data)
+    assert everything(data) == expected
