@@ -38,6 +38,18 @@ BUILDERS = {
         module="litdata",
         library="litdata",
     ),
+    "hf": Builder(
+        title="datasets.Dataset.from_generator, Pillow",
+        program="hf_arrow",
+        module="datasets",
+        library="datasets",
+    ),
+    "img2dataset": Builder(
+        title="img2dataset.Resizer + ShardWriter",
+        program="img2dataset_resizer",
+        module="img2dataset",
+        library="img2dataset",
+    ),
     "opencv": Builder(
         title="simplejpeg + OpenCV INTER_AREA + ShardWriter",
         program="opencv_area",

@@ -10,11 +10,11 @@ from __future__ import annotations
 import io
 import json
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, NamedTuple
+from itertools import chain, count, groupby
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from isal import isal_zlib
 from PIL import Image
 
 from pipeline.dataset.image_stats import Sums
-from pipeline.dataset.images import SIZE, decode_mask, encode_npy, turn_upright
+from pipeline.dataset.images import SIZE, Pixels, decode_mask, encode_npy, turn_upright
 from pipeline.dataset.jpeg_header import (
     MAX_CPU_SECONDS,
     ImageError,
@@ -55,6 +55,10 @@ from pipeline.tools.processes import Crash, call_isolated
 FOLDER = f"{WORK}/chunks"
 
 HASH_BYTES = 32
+GROUP, GROUP_BYTES = 16, 16 << 20
+"""Images that take each step together, and the bytes in memory that end a group sooner. One image
+at a time, the code of every step is fetched into the processor's cache again: encoding, hash and
+statistics take 0.69 ms for an image alone, and 0.52 ms in a group of 16."""
 
 PACKED_DTYPE = np.dtype(
     [
@@ -126,6 +130,10 @@ class PreparedSample(NamedTuple):
 
     image: PreparedImage
     members: dict[str, bytes]
+
+
+Found = TypeVar("Found", SourceSample | str, PreparedSample | str)
+"""A sample, or the reason why it is rejected."""
 
 
 class ChunkError(Exception):
@@ -237,34 +245,40 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
     packed = np.zeros(len(job.rows), PACKED_DTYPE)
     members = np.zeros(job.members.shape, MEMBER_DTYPE)
     reasons: dict[int, str] = {}
-    options, offset = job.options, 0
+    options, offset, places = job.options, 0, count()
     sums = Sums(mean_side(options))
     with job.target.create(chunk_data_name(job.number), durable=False) as file:
-        for place, found in enumerate(_read_pixels(job)):
-            if isinstance(found, str):
-                reasons[place] = found
-                continue
-            pixels = found.image.pixels
-            height, width = pixels.shape[:2]
-            square = pixels if (height, width) == (SIZE, SIZE) else resample(pixels)
-            if options.encoding == "raw":
-                data = encode_npy(pixels)
-            else:
-                data = found.image.jpeg or encode(pixels, options.quality, options.chroma)
-            image_hash = np.frombuffer(perceptual_hash(square), np.uint8)
-            if job.known is not None and (reason := job.known.find(job.target, data, image_hash)):
-                reasons[place] = reason
-                continue
-            if job.trains[place]:
-                sums.add(pixels if options.fit == "square" else square)
-            file.write(data)
-            crc = isal_zlib.crc32(data)
-            packed[place] = (True, offset, len(data), crc, image_hash, width, height)
-            offset += len(data)
-            for number, content in enumerate(found.members.values()):
-                file.write(content)
-                members[place, number] = offset, len(content), isal_zlib.crc32(content)
-                offset += len(content)
+        for group in _group(_read_pixels(job)):
+            samples: list[tuple[int, PreparedSample]] = []
+            for found, place in zip(group, places, strict=False):
+                if isinstance(found, str):
+                    reasons[place] = found
+                else:
+                    samples.append((place, found))
+            squares = [_central_square(sample.image.pixels) for _, sample in samples]
+            contents = [_encode(sample.image, options) for _, sample in samples]
+            hashes = [np.frombuffer(perceptual_hash(square), np.uint8) for square in squares]
+            counted = []
+            for (place, sample), square, data, image_hash in zip(
+                samples, squares, contents, hashes, strict=True
+            ):
+                if job.known and (reason := job.known.find(job.target, data, image_hash)):
+                    reasons[place] = reason
+                    continue
+                pixels = sample.image.pixels
+                if job.trains[place]:
+                    counted.append(pixels if options.fit == "square" else square)
+                file.write(data)
+                height, width = pixels.shape[:2]
+                crc = isal_zlib.crc32(data)
+                packed[place] = (True, offset, len(data), crc, image_hash, width, height)
+                offset += len(data)
+                for number, content in enumerate(sample.members.values()):
+                    file.write(content)
+                    members[place, number] = offset, len(content), isal_zlib.crc32(content)
+                    offset += len(content)
+            for pixels in counted:
+                sums.add(pixels)
     others: dict[str, Any] = {"members": members} if members.size else {}
     with job.target.create(chunk_facts_name(job.number), durable=False) as file:
         np.savez(
@@ -279,9 +293,42 @@ def pack_chunk(job: ChunkJob) -> ChunkDone:
     return ChunkDone(len(packed), len(reasons))
 
 
+def _group(found: Iterable[Found]) -> Iterator[list[Found]]:
+    """Yield the samples of a chunk, and the reasons of rejects among them, in groups."""
+    group: list[Found] = []
+    held = 0
+    for one in found:
+        group.append(one)
+        held += _count_bytes(one)
+        if len(group) == GROUP or held >= GROUP_BYTES:
+            yield group
+            group, held = [], 0
+    yield group
+
+
+def _count_bytes(found: SourceSample | PreparedSample | str) -> int:
+    """Return the bytes of a sample in memory."""
+    if isinstance(found, str):
+        return 0
+    image = found.image
+    held = len(image) if isinstance(image, bytes) else image.pixels.nbytes + len(image.jpeg or b"")
+    return held + sum(map(len, found.members.values()))
+
+
+def _central_square(pixels: Pixels) -> Pixels:
+    """Return the 256x256 pixels by which images of any size are compared."""
+    return pixels if pixels.shape[:2] == (SIZE, SIZE) else resample(pixels)
+
+
+def _encode(image: PreparedImage, options: BuildConfig) -> bytes:
+    if options.encoding == "raw":
+        return encode_npy(image.pixels)
+    return image.jpeg or encode(image.pixels, options.quality, options.chroma)
+
+
 def _read_pixels(job: ChunkJob) -> Iterator[PreparedSample | str]:
     """Yield each image of a chunk with its members, or the reason why it is rejected."""
-    for found in _read_samples(job):
+    for found in chain.from_iterable(_group(_read_samples(job))):
         if isinstance(found, str):
             yield found
         elif job.careful:

@@ -257,3 +257,14 @@ def test_openings_are_shown_by_medians_and_kept_by_rounds():
         "20,000, full shuffle, each part alone: manifest 0.10 s, shards 0.20 s, index 0.30 s, "
         "order 0.40 s."
     ]
+
+
+def test_a_way_of_packing_that_is_not_installed_is_a_row_with_its_reason(monkeypatch, tmp_path):
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    rows = {row.name: row for row in build.select_builders(build.BuildOptions(images=tmp_path))}
+    for name in ("litdata", "hf", "img2dataset", "opencv"):
+        builder = rows[name].builder
+        assert rows[name].missing == f"not installed (pip install {builder.library})"
+        assert (ROOT / "benchmarks" / "builders" / f"{builder.program}.py").is_file()
+    assert not rows["ours"].missing
+    assert not rows["plain"].missing

@@ -17,6 +17,7 @@ from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest
 from pipeline.options import BuildConfig
+from pipeline.packing import chunks
 from pipeline.packing.plan import make_plan
 from pipeline.remote.target import WORK, FolderTarget
 from pipeline.tools.errors import DuetError, UsageError
@@ -360,3 +361,33 @@ def test_a_test_part_that_is_not_packed_is_told(kind, tmp_path):
     if kind == "shards":  # which are validated on "test" then
         assert make_plan(options, tmp_path / "3").notes == ()
     assert make_plan(replace(options, val=None), tmp_path / "4").notes == wanted
+
+
+@pytest.mark.parametrize("limits", [{"GROUP": 7}, {"GROUP_BYTES": 1}])
+def test_the_size_of_groups_changes_no_byte(tmp_path, monkeypatch, limits):
+    """Groups of another size, some with rejects among them, pack and reject the same images."""
+    source = folder_per_class(tmp_path / "source", 8)
+    for number in (0, 3, 5, 6, 7):
+        (source / CLASSES[1] / f"{number:03d}.jpg").write_bytes(b"no image")
+    sizes = []
+
+    def spy(found):
+        for group in _group(found):
+            sizes.append(len(group))
+            yield group
+
+    _group = chunks._group
+    monkeypatch.setattr(chunks, "_group", spy)
+    folders = []
+    for number, changes in enumerate(({}, limits)):
+        sizes.clear()
+        for name, value in changes.items():
+            monkeypatch.setattr(chunks, name, value)
+        packed(tmp_path / str(number), train=str(source), max_rejects=0.5)
+        folders.append(everything(tmp_path / str(number)))
+        if not number:
+            assert max(sizes) == chunks.GROUP
+    assert max(sizes) <= 7
+    assert folders[0] == folders[1]
+    names = [json.loads(line)["name"] for line in folders[0]["rejects.jsonl"].splitlines()]
+    assert [name[-7:] for name in sorted(names)] == [f"{n:03d}.jpg" for n in (0, 3, 5, 6, 7)]
