@@ -49,7 +49,6 @@ from cluster.run.folder import (
     CHECKPOINTS,
     CONFIG,
     METRICS,
-    VALIDATION,
     Mark,
     find_conflicts,
     find_data_conflicts,
@@ -57,7 +56,7 @@ from cluster.run.folder import (
     read_last_step,
     read_run_id,
 )
-from cluster.run.jsonl import append_row, cut_rows, read_tail
+from cluster.run.jsonl import read_tail
 from pipeline.dataset.segments import Segments
 from pipeline.remote.filesystem import is_remote, local_path
 from pipeline.remote.target import open_store
@@ -257,7 +256,7 @@ def _discover(
     offers: Sequence[Offer | None] = (), columns: Sequence[int] = (),
 ) -> tuple[Checkpoint | None, FoundState]:  # fmt: skip
     """Find the newest state: sound in a checkpoint, or in memory. Leader only."""
-    from cluster.checkpoint.memory import choose_offer  # here: the driver needs no torch
+    from cluster.checkpoint.memory import choose_offer, restore_rows  # the driver needs no torch
 
     seen = FoundState()
     try:
@@ -298,21 +297,6 @@ def _discover(
     if found is not None:
         seen.newest, seen.mark = found.name, found.mark
     return found, seen
-
-
-def restore_rows(run: Path, offer: Offer) -> None:
-    """Have the files of RUN end with the rows of a state in memory; no `Rows` has them open.
-
-    A validation of a step that has not ended is made again.
-
-    Raises:
-        OSError: they cannot be written.
-    """
-    if not offer.is_ended:
-        cut_rows(run / VALIDATION, offer.mark.step - 1, lambda _: None)
-    for name, row in offer.rows.items():
-        if offer.is_ended or name != VALIDATION:
-            append_row(run / name, offer.mark.step, row)
 
 
 def fetch_own_columns(

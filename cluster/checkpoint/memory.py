@@ -9,6 +9,7 @@ steps older, is not needed. Nothing is copied while training goes well.
     memory.keep(mark, ...)      after each update, and again when the step has ended
     memory.offer(run)           after a failure: step, position, hash of each column
     choose_offer(offers, ...)   the newest state of which every column is there
+    restore_rows(run, offer)    rows that a lost leader has not written
     receive_columns(...)        to the processes that lack it
 """
 
@@ -16,13 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from isal import isal_zlib
 
-from cluster.run.folder import METRICS, Mark
+from cluster.run.folder import METRICS, VALIDATION, Mark
+from cluster.run.jsonl import append_row, cut_rows
 from pipeline.tools.errors import DataError
 from pipeline.tools.jsonl import Row
 
@@ -170,6 +173,21 @@ def choose_offer(
             is_ended = step == saved or any(offer.is_ended for offer in same)
             return replace(same[0], rows=rows, is_ended=is_ended), ""
     return None, why
+
+
+def restore_rows(run: Path, offer: Offer) -> None:
+    """Have the files of RUN end with the rows of a state in memory; no `Rows` has them open.
+
+    A validation of a step that has not ended is made again.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    if not offer.is_ended:
+        cut_rows(run / VALIDATION, offer.mark.step - 1, lambda _: None)
+    for name, row in offer.rows.items():
+        if offer.is_ended or name != VALIDATION:
+            append_row(run / name, offer.mark.step, row)
 
 
 def receive_columns(
