@@ -51,7 +51,12 @@ def main(argv: list[str] | None = None) -> int:
         **given | {"workers": 1}
     )  # of this class for all nodes; theirs is in the pool
     refuse_relative("OUT", options.out)
-    sources = {"--train": options.train, "--val": options.val, "--add": options.add}
+    sources = {
+        "--train": options.train,
+        "--val": options.val,
+        "--test": options.test,
+        "--add": options.add,
+    }
     for name, source in sources.items():
         refuse_relative(name, source or "/", missing=True)
     target = open_target(_resolve_out(options.out))

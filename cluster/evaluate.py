@@ -1,11 +1,16 @@
 """Error rates of a trained network on a split, every image once.
 
-    python -m cluster.evaluate RUN [--views 1|10] [--best | --checkpoint STEP] [--json]
+    python -m cluster.evaluate RUN [--views 1|10] [--best | --checkpoint STEP|FOLDER] [--json]
+    python -m cluster.evaluate RUN --data DATA --submission FILE --class-list KIT
 
 One process with both columns, on the newest complete checkpoint unless another is named. Views as
 in the paper (section 4.1): the centre crop, or the mean over four corners, centre and their mirror
 images. Writes RUN/evaluation-1.json or RUN/evaluation-10.json and, for
 `cluster.experiments.ensemble`, RUN/probabilities-1.safetensors or RUN/probabilities-10.safetensors.
+
+A submission is the text file that ILSVRC's server takes (the readme of its development kits): a
+line for each image in the order of the file names, with the numbers of the five most probable
+classes, the most probable first. It is all that is written for images without labels.
 """
 
 from __future__ import annotations
@@ -13,8 +18,10 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -36,11 +43,13 @@ from cluster.run.probabilities import (
 from cluster.training.precision import autocast, choose_device, compute_dtype, prepare_device
 from model.alexnet import AlexNet
 from model.metrics import average_views, sum_metrics
-from pipeline.batches import Stream
+from pipeline.batches import Batch, Stream
 from pipeline.dataset.manifest import Manifest, identity
 from pipeline.dataset.record import read_segments
 from pipeline.dataset.segments import Segments
 from pipeline.remote.dataset import choose_versions, locate_dataset
+from pipeline.sources.imagenet import parse_image_name, read_class_numbers
+from pipeline.sources.paths import base_name
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
@@ -50,6 +59,8 @@ from pipeline.tools.units import cpu_count
 MOST_CONFUSED = 50
 """Most classes for which the confusion matrix is counted and written: its size is their square."""
 BATCH = 64
+GUESSES = 5
+"""Classes that a submission names for an image."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,23 +70,30 @@ def main(argv: list[str] | None = None) -> int:
         DuetError: one line, with the exit code to leave with.
     """
     options = parse_options(EvaluateOptions, argv, "python -m cluster.evaluate")
+    options.check()
     for name, path in (("RUN", options.run), ("DATA", options.data)):
         if path:
             refuse_relative(name, path, missing=True)
     read_run_config(options.run / CONFIG)
     ensure_writable(options.run, "run folder")
     result = evaluate(options)
-    path = options.run / f"evaluation-{options.views}.json"
-    with atomic_write(path) as file:
-        file.write((json.dumps(result) + "\n").encode())
     out = sys.stderr if options.json else sys.stdout
     views = "centre view" if options.views == 1 else "ten views"
-    out.write(
+    about = (
         f"{options.split}, {result['samples']:,} images, {views}, "
-        f"step {result['step']} ({result['chosen']}): top-1 error {result['top1_error']:.2%}, "
-        f"top-5 error {result['top5_error']:.2%}, loss {result['loss']:.4f} "
-        f"({result['img_s']:,.0f} img/s) -> {path}\n"
+        f"step {result['step']} ({result['chosen']})"
     )
+    if "top1_error" in result:
+        path = options.run / f"evaluation-{options.views}.json"
+        with atomic_write(path) as file:
+            file.write((json.dumps(result) + "\n").encode())
+        out.write(
+            f"{about}: top-1 error {result['top1_error']:.2%}, top-5 error "
+            f"{result['top5_error']:.2%}, loss {result['loss']:.4f} "
+            f"({result['img_s']:,.0f} img/s) -> {path}\n"
+        )
+    if options.submission is not None:
+        out.write(f"{about}: submission -> {options.submission}\n")
     if options.save_probabilities:
         out.write(f"probabilities -> {probability_path(options.run, options.views)}\n")
     if options.json:
@@ -86,8 +104,10 @@ def main(argv: list[str] | None = None) -> int:
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Return what goes into evaluation-<views>.json; errors are fractions.
 
+    Of images without labels it has no errors. The submission is written, if there is to be one.
+
     Raises:
-        UsageError: no run, no checkpoint, or a data set that does not fit.
+        UsageError: no run, no checkpoint, or a data set or class list that does not fit.
     """
     config, trained_on = read_run_config(options.run / CONFIG)
     found = choose_checkpoint(
@@ -99,6 +119,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     options = replace(options, data=data)
     manifest = Manifest.load(folder)
     samples = manifest.split(options.split, folder).samples
+    predictions = None
+    if options.submission is not None and options.class_list is not None:
+        numbers = find_numbers(options.class_list, found.classes)
+        predictions = Predictions(numbers, samples)
     data_sha256 = identity(folder)
     if data_sha256 not in (trained_on, *(one.version for one in read_segments(options.run))):
         text = f"{options.data} is not the data set of the training; its own mean is subtracted"
@@ -126,14 +150,16 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     path = probability_path(options.run, options.views)
     saving = open_writer(path, about) if options.save_probabilities else nullcontext()
     with saving as writer, autocast(compute_dtype(config.dtype, device), device):
-        counts, seconds = _count(net, stream, options, writer)
+        counts, seconds = _count(net, stream, options, writer, predictions)
+    if predictions is not None and options.submission is not None:
+        predictions.save(options.submission)
     return {
         "views": options.views,
         "split": options.split,
         "step": found.mark.step,
         "chosen": _name_choice(options),
         "position": found.mark.position,
-        **_summarize(counts, manifest.classes),
+        **(_summarize(counts, manifest.classes) if manifest.classes else {"samples": samples}),
         "img_s": round(stream.samples / seconds, 1),
         "seconds": round(seconds, 2),
     }
@@ -201,7 +227,11 @@ class AnswerCounts:
 
 
 def _count(
-    net: AlexNet, stream: Stream, options: EvaluateOptions, writer: ProbabilityWriter | None
+    net: AlexNet,
+    stream: Stream,
+    options: EvaluateOptions,
+    writer: ProbabilityWriter | None,
+    predictions: Predictions | None,
 ) -> tuple[AnswerCounts, float]:
     """Return the counted answers, and the seconds they took."""
     counts = AnswerCounts.zeros(net.classes)
@@ -214,7 +244,10 @@ def _count(
         for batch in stream:
             images, crop = batch.images.float(), net.design.image_size
             probabilities = average_views(net, images, options.views, mean, crop)
-            counts.add(probabilities, batch.labels, batch.weights)
+            if stream.classes:
+                counts.add(probabilities, batch.labels, batch.weights)
+            if predictions is not None:
+                predictions.add(batch, probabilities)
             if writer is not None:
                 writer.add(probabilities, batch.labels, batch.weights)
             progress.advance(int(batch.weights.sum()))
@@ -236,8 +269,105 @@ def _summarize(counts: AnswerCounts, names: tuple[str, ...]) -> dict[str, Any]:
     return result
 
 
+class Predictions:
+    """The most probable classes of every image of a split."""
+
+    def __init__(self, numbers: Tensor, samples: int) -> None:
+        """Prepare for so many images, and classes with these numbers, int64 [classes]."""
+        self._numbers, self._samples = numbers, samples
+        self._names: list[str] = []
+        self._first: list[Tensor] = []
+        self._sound: list[Tensor] = []
+        self._sum = torch.zeros(len(numbers), dtype=torch.float64)
+
+    def add(self, batch: Batch, probabilities: Tensor) -> None:
+        """Add a batch with its probabilities, [b, classes]; rows beyond the images are skipped."""
+        count = min(len(batch.ids), self._samples - len(self._names))
+        answers = probabilities[:count].double().cpu()
+        sound = batch.weights[:count].cpu() > 0
+        self._names += (batch.keys if batch.names is None else batch.names)[:count]
+        self._first.append(self._rank(answers))
+        self._sound.append(sound)
+        self._sum += answers[sound].sum(0)
+
+    def _rank(self, values: Tensor) -> Tensor:
+        """Return the numbers of the classes with the highest values, [..., 5]; ties in order."""
+        order = values.sort(dim=-1, descending=True, stable=True).indices
+        return self._numbers[order[..., :GUESSES]]
+
+    def save(self, path: Path) -> None:
+        """Write a line for each image, in the order of the file names.
+
+        An image that is damaged, or that is missing among numbered ones of ILSVRC's, gets the
+        classes that are the most probable on average, so that the lines keep their images.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        sound, rows = torch.cat(self._sound).tolist(), torch.cat(self._first).tolist()
+        answers = {
+            name: row
+            for name, row, is_sound in zip(self._names, rows, sound, strict=True)
+            if is_sound
+        }
+        average, names = self._rank(self._sum).tolist(), list(_complete_names(self._names))
+        lines = (" ".join(map(str, answers.get(name, average))) + "\n" for name in names)
+        try:
+            with atomic_write(path) as file:
+                file.writelines(map(str.encode, lines))
+        except OSError as error:
+            reason = error.strerror or error
+            raise UsageError(f"cannot write {path}: {reason}; name another --submission") from error
+        if lacking := [name for name in names if name not in answers]:
+            text = (
+                f"{len(lacking):,} images are damaged or missing, such as {lacking[0]}; their "
+                f"lines in {path} name the classes that are the most probable on average"
+            )
+            print_warning(Warned(text))
+
+
+def _complete_names(names: list[str]) -> Iterator[str]:
+    """Yield names by their last part; between numbered ones of ILSVRC's also those that lack."""
+    numbered = {name: parse_image_name(name) for name in names}
+    stems = {one.stem for one in numbered.values() if one is not None}
+    if None in numbered.values() or len(stems) != 1:
+        yield from sorted(names, key=lambda name: (base_name(name), name))
+        return
+    by_number = {one.number: name for name, one in numbered.items() if one is not None}
+    for number in range(1, max(by_number) + 1):
+        yield by_number.get(number, f"{min(stems)}_{number:08d}")
+
+
+def find_numbers(path: Path, classes: tuple[str, ...]) -> Tensor:
+    """Return the number of each class in a class list, int64 [classes].
+
+    Raises:
+        UsageError: the list cannot be read, or lacks a class.
+    """
+    numbers = read_class_numbers(path)
+    if lacking := [name for name in classes if name not in numbers]:
+        others = f" and {len(lacking) - 1:,} more" if len(lacking) > 1 else ""
+        raise UsageError(
+            f"class list {path} lacks {lacking[0]!r}{others} of the run's {len(classes):,} "
+            "classes; give the list of the data set of the training"
+        )
+    return torch.tensor([numbers[name] for name in classes])
+
+
 def _count_classes(found: Checkpoint, manifest: Manifest, options: EvaluateOptions) -> int:
     trained = found.classes
+    if not manifest.classes:
+        if options.submission is None:
+            raise UsageError(
+                f"data set {options.data} has no classes to count errors by; give --submission "
+                "FILE --class-list FILE for predictions, or name a set with labels"
+            )
+        if options.save_probabilities:
+            raise UsageError(
+                f"data set {options.data} has no classes, which --save-probabilities needs; leave "
+                "it out"
+            )
+        return len(trained)
     if manifest.classes != trained:
         raise UsageError(
             f"data set {options.data} has {len(manifest.classes)} classes, not the {len(trained)} "

@@ -56,6 +56,11 @@ class BuildConfig(Options):
     val_labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
     """Labels of flat validation images: ILSVRC2012_devkit_t12.tar.gz, LOC_val_solution.csv, or a
     list of synsets; without it they are looked for beside the images."""
+    test: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
+    """Test images, in any of these forms: a third split, test, for duet evaluate --split test."""
+    test_labels: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None
+    """Labels of flat test images: ILSVRC2010_test_ground_truth.txt beside the kit of 2010, or a
+    list; without it they are looked for beside the images."""
     holdout: float = 0.0
     """Share of each class's training images to keep for validation; only without --val."""
     seed: int = 0
@@ -103,7 +108,7 @@ class BuildConfig(Options):
     """Images to add to the finished set OUT, as a new version of it: any source that --train takes.
     Those that it has already are skipped."""
     split: str = "train"
-    """Split to which --add adds: train, or val."""
+    """Split to which --add adds: train, val or test."""
     replace: bool = False
     """Let an image of --add take the place of the one of the same name in the set."""
     new_classes: bool = False
@@ -137,10 +142,14 @@ class BuildConfig(Options):
             raise UsageError(f"--encoding raw stores squares, not --fit {self.fit}; use jpeg")
         if self.val is not None and self.holdout:
             raise UsageError("--val and --holdout exclude each other; give one of them")
-        if self.val is None and self.val_labels is not None:
-            raise UsageError("--val-labels goes with --val; name the validation images too")
-        if not self.labels and self.val_labels is not None:
-            raise UsageError("--val-labels names labels, and --no-labels has none; leave one out")
+        for split, kind in (("val", "validation"), ("test", "test")):
+            if self.find_labels(split) is None:
+                continue
+            flag = f"--{split}-labels"
+            if getattr(self, split) is None:
+                raise UsageError(f"{flag} goes with --{split}; name the {kind} images too")
+            if not self.labels:
+                raise UsageError(f"{flag} names labels, and --no-labels has none; leave one out")
         self._check_members()
         self._refuse_out_in_source()
 
@@ -158,15 +167,21 @@ class BuildConfig(Options):
                     flag = name.replace("_", "-")
                     raise UsageError(f"--{flag} goes with --add SRC; name the images to add")
             return
-        if self.split not in ("train", "val"):
-            raise UsageError(f"--split {self.split:.60} is none of a build's; give train or val")
+        if self.split not in ("train", "val", "test"):
+            text = f"--split {self.split:.60} is none of a build's; give train, val or test"
+            raise UsageError(text)
         if self.add is not None and self.retry_rejects:
             raise UsageError("--add and --retry-rejects make a version each; give one of them")
-        if self.train or self.val or self.holdout:
-            flag = "--train" if self.train else "--val" if self.val else "--holdout"
+        begun = [name for name in ("train", "val", "test", "holdout") if getattr(self, name)]
+        if begun:
+            flag = f"--{begun[0]}"
             raise UsageError(f"{flag} begins a data set, and --add goes on with one; leave it out")
         if self.retry_rejects and (self.replace or self.new_classes):
             raise UsageError("--retry-rejects takes neither --replace nor --new-classes")
+
+    def find_labels(self, split: str) -> str | None:
+        """Return the file with the labels of a split's flat images, if one was given."""
+        return {"val": self.val_labels, "test": self.test_labels}.get(split)
 
     @property
     def members(self) -> tuple[str, ...]:
@@ -205,7 +220,7 @@ class BuildConfig(Options):
         if is_remote(self.out):
             return
         out = local_path(self.out).resolve()
-        for source in filter(None, (self.train, self.val, self.add)):
+        for source in filter(None, (self.train, self.val, self.test, self.add)):
             if not is_remote(source) and out.is_relative_to(local_path(source).resolve()):
                 raise UsageError(f"{self.out} lies inside the source {source}; name another OUT")
 

@@ -21,13 +21,20 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from cluster.checkpoint.storage import JSON, CheckpointStorage, open_storage, parse_step
+from cluster.checkpoint.storage import (
+    JSON,
+    CheckpointStorage,
+    open_named,
+    open_storage,
+    parse_step,
+)
 from cluster.run.events import Tell, Warned
 from cluster.run.folder import Mark, is_run_id, read_run_id
 from pipeline.remote.filesystem import StoreError
 from pipeline.tools.errors import DataError, DuetError, UsageError, summarize_error
 from pipeline.tools.files import sha256
 from pipeline.tools.jsonl import hash_json, parse_json
+from pipeline.tools.text import hide_credentials
 
 if TYPE_CHECKING:  # commands that only look at a run start faster without torch
     from torch import Tensor
@@ -262,7 +269,7 @@ def fetch_files(
 
 
 def choose_checkpoint(
-    run: Path, store: str, tell: Tell, step: int | None = None, best: bool = False
+    run: Path, store: str, tell: Tell, named: str | None = None, best: bool = False
 ) -> Checkpoint:
     """Find a checkpoint for commands that look at a run; a store's is downloaded.
 
@@ -273,21 +280,32 @@ def choose_checkpoint(
         run: folder of the run.
         store: the run's setting of that name.
         tell: gets a warning for each damaged checkpoint that is skipped.
-        step: of the wanted checkpoint; None for the newest that is not damaged.
+        named: step of the wanted checkpoint, or its folder or address; None for the newest that is
+            not damaged.
         best: choose the one with the lowest validation error instead.
 
     Raises:
-        UsageError: there is none, or none like this, or `step` and `best` are both given.
+        UsageError: there is none, or none like this, or `named` and `best` are both given.
         DataError: it is damaged.
         StoreError: the store does not answer.
     """
-    if best and step is not None:
-        raise UsageError(f"give --best or --checkpoint {step}, not both")
-    found = choose_from_storage(open_storage(run, store), str(run), tell, step, best)
+    if best and named is not None:
+        raise UsageError(f"give --best or --checkpoint {named}, not both")
+    storage, place, step = open_storage(run, store), str(run), None
+    if named is not None and named.isdecimal():
+        step = int(named)
+    elif named is not None:
+        if (one := open_named(named)) is None:
+            there = ", ".join(str(parse_step(name)) for name in storage.list_complete()) or "none"
+            raise UsageError(
+                f"--checkpoint {named} is neither a step nor a checkpoint's folder (step-...); the "
+                f"steps of {run} are {there}"
+            )
+        storage, place, step = one[0], hide_credentials(one[1]), parse_step(one[2])
+    found = choose_from_storage(storage, place, tell, step, best)
     if words := describe_stranger(found.run, read_run_id(run)):
-        raise UsageError(
-            f"{store or run} holds checkpoints {words} in {run}; name the folder of that run"
-        )
+        place = place if place != str(run) else store or place
+        raise UsageError(f"{place} holds checkpoints {words} in {run}; name the folder of that run")
     return found
 
 

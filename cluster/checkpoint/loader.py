@@ -33,7 +33,7 @@ from cluster.checkpoint.storage import (
     CheckpointStorage,
     LocalStorage,
     RemoteStorage,
-    is_checkpoint,
+    open_named,
     open_storage,
     parse_step,
 )
@@ -334,15 +334,12 @@ def parse_init(init: str) -> InitSource:
     Raises:
         UsageError: it is neither a run nor a checkpoint, or no address of an object store.
     """
+    if (named := open_named(init)) is not None:
+        return InitSource(*named)
     if is_remote(init):
-        base, _, name = init.rstrip("/").rpartition("/")
-        if is_checkpoint(name):
-            return InitSource(RemoteStorage(open_store(base)), base, name)
         base = f"{init.rstrip('/')}/{CHECKPOINTS}"
         return InitSource(RemoteStorage(open_store(init, CHECKPOINTS)), base, "")
     path = local_path(init)
-    if is_checkpoint(path.name):
-        return InitSource(LocalStorage(path.parent), str(path.parent), path.name)
     if (path / CONFIG).is_file():
         store = read_run_config(path / CONFIG)[0].store
         if is_remote(store):

@@ -96,6 +96,30 @@ def open_storage(run: Path, store: str) -> CheckpointStorage:
     return LocalStorage((local_path(store) if store else run) / CHECKPOINTS)
 
 
+def open_named(address: str) -> tuple[CheckpointStorage, str, str] | None:
+    """Return the storage of one checkpoint, the storage's address, and the checkpoint's name.
+
+    Args:
+        address: folder of the checkpoint (`RUN/checkpoints/step-00000400`), a file in it, or its
+            address in a store.
+
+    Returns:
+        None if the address is not that of a checkpoint; whether it is there is not looked at.
+
+    Raises:
+        UsageError, SetupError: as `open_storage`.
+    """
+    if is_remote(address):
+        base, _, name = address.rstrip("/").rpartition("/")
+        return (RemoteStorage(open_store(base)), base, name) if is_checkpoint(name) else None
+    path = local_path(address)
+    if path.is_file():
+        path = path.parent
+    if not is_checkpoint(path.name):
+        return None
+    return LocalStorage(path.parent), str(path.parent), path.name
+
+
 @contextmanager
 def claim_store(run: Path, store: str, run_id: str, say: Callable[[str], None]) -> Iterator[None]:
     """Keep other trainings away from a run's store during the block; a folder is created.

@@ -15,6 +15,7 @@ import tyro
 from cluster.config import MEANT, Config
 from model.summary import SummaryOptions
 from pipeline.tools.arguments import Options
+from pipeline.tools.errors import UsageError
 
 Choice = Literal["best", "worst", "random"]
 """Rules by which a report chooses the images that it shows with the network's answers."""
@@ -94,8 +95,8 @@ class CheckpointOptions(Options):
     """Folder of the run."""
     best: bool = False
     """The checkpoint with the lowest validation error instead of the newest."""
-    checkpoint: int | None = None
-    """The checkpoint of this step instead."""
+    checkpoint: Annotated[str | None, tyro.conf.arg(metavar="STEP|FOLDER")] = None
+    """The checkpoint of this step, or in this folder (RUN/checkpoints/step-00000400), instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +107,10 @@ class EvaluateOptions(CheckpointOptions):
     their mirror images.
     """
 
-    EXAMPLES: ClassVar[tuple[str, ...]] = ("runs/dexp --best --views 10",)
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "runs/dexp --best --views 10",
+        "runs/dexp --data data/test --split train --submission test.txt --class-list KIT",
+    )
 
     data: str = ""
     """Data set (folder or address) with the classes of the training; default: that of the run."""
@@ -120,8 +124,24 @@ class EvaluateOptions(CheckpointOptions):
     """auto: a GPU if there is one."""
     save_probabilities: bool = False
     """Write each image's class probabilities, for duet ensemble and the report's images."""
+    submission: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the numbers of the five most probable classes of each image, a line an image in the
+    order of the file names, as ILSVRC's server takes them; also for images without labels."""
+    class_list: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Numbers of the classes in the submission: ILSVRC's development kit, or a text file with a
+    class a line, number 1 first."""
     json: bool = False
     """Print one JSON object to stdout, everything else to stderr."""
+
+    def check(self) -> None:
+        """Refuse settings that do not go together, each in one line (UsageError)."""
+        if self.submission is not None and self.class_list is None:
+            raise UsageError(
+                f"--submission {self.submission} needs the numbers of the classes; give "
+                "--class-list FILE: ILSVRC's development kit, or a class a line, number 1 first"
+            )
+        if self.class_list is not None and self.submission is None:
+            raise UsageError("--class-list goes with --submission FILE; name the file to write")
 
 
 @dataclass(frozen=True, kw_only=True)

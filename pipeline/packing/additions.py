@@ -49,7 +49,7 @@ from pipeline.packing.revision import Ids, NewSamples, Parent, SplitEdit, Versio
 from pipeline.packing.shards import FOLDER as SHARDS
 from pipeline.packing.shards import CollectedChunks, collect_chunks, read_shards
 from pipeline.remote.target import WORK, Target, is_finished, open_target
-from pipeline.sources import Listing, scan
+from pipeline.sources import SPLITS, Listing, scan
 from pipeline.sources.listing import DAMAGED, Names, Reject, read_rejects
 from pipeline.tools.errors import DuetError, UsageError, hint_resume
 from pipeline.tools.processes import LocalPool, Pool
@@ -205,7 +205,7 @@ def _scan(options: BuildConfig, source: str, split: Any, parent: Parent, scratch
             scratch / f"{split}-{number}-{abs(hash(source))}",
             split=split,
             classes=known or None,
-            labels=options.val_labels if split == "val" else None,
+            labels=options.find_labels(split),
             fields=options.members,
             labelled=bool(classes),
             strict=options.strict,
@@ -300,9 +300,9 @@ def _begin(options: BuildConfig, plan: BuildPlan, parent: Parent) -> None:
 
 def _list_leftovers(parent: Parent) -> Iterator[str]:
     """Yield the shards that were written for a version which was not sealed."""
-    firsts = {name: parent.first_number(name) for name in ("train", "val")}
+    firsts: dict[str, int] = {name: parent.first_number(name) for name in SPLITS}
     for name in parent.target.list_files():
-        found = re.fullmatch(r"(train|val)-[0-9]{6,}\.(tar|idx)", name)
+        found = re.fullmatch(rf"({'|'.join(SPLITS)})-[0-9]{{6,}}\.(tar|idx)", name)
         number = shard_number(f"{name.rpartition('.')[0]}.tar")
         if found and number >= firsts[found[1]]:
             yield name

@@ -22,7 +22,7 @@ from pipeline.dataset.jpeg_header import MAX_PIXELS, ImageError
 from pipeline.dataset.tar import escape
 from pipeline.options import BuildConfig
 from pipeline.remote.filesystem import is_remote, is_web
-from pipeline.sources import Listing, Reject, find_other_splits, scan
+from pipeline.sources import Listing, Reject, SplitName, find_other_splits, scan
 from pipeline.sources.listing import ROWS_AT_A_TIME
 from pipeline.tools.errors import UsageError
 from pipeline.tools.text import hide_credentials
@@ -39,8 +39,8 @@ FORMAT = 1
 another version cannot be mixed with them."""
 
 UNLIKE_OUTPUT = (
-    "out", "train", "val", "val_labels", "max_rejects", "strict", "workers", "json",
-    "add", "split", "replace", "new_classes", "retry_rejects",
+    "out", "train", "val", "val_labels", "test", "test_labels", "max_rejects",
+    "strict", "workers", "json", "add", "split", "replace", "new_classes", "retry_rejects",
 )  # fmt: skip
 """Settings that change no byte of a shard, except through the images they name."""
 
@@ -120,7 +120,7 @@ class BuildPlan:
     """The place of every image. Rows count through all listings, training first."""
 
     listings: tuple[Listing, ...]
-    """Images of the training source, and of the validation source if there is one."""
+    """Images of the training source, and of the validation and test source if there is one."""
     orders: dict[str, Places]
     """Per split the rows of its images in stored order, shuffled over the whole split."""
     held_out: npt.NDArray[np.bool_]
@@ -209,26 +209,22 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
     kind["strict"] = options.strict
     listings = [scan(options.train, scratch / "train", split="train", **kind)]
     _refuse_empty_class(listings[0])
-    if options.val is not None:
-        listings.append(
-            scan(
-                options.val,
-                scratch / "val",
-                split="val",
-                classes=listings[0].classes if options.labels else None,
-                labels=options.val_labels,
-                numbered=listings[0].numbered,
-                **kind,
-            )
-        )
     first = np.arange(len(listings[0]), dtype=np.uint32)
     held = choose_held_out(listings[0], options.holdout, options.seed)
-    split = {"train": first[~held]}
-    if options.val is not None:
-        split["val"] = np.arange(len(listings[1]), dtype=np.uint32) + np.uint32(len(listings[0]))
-        held = np.concatenate([held, np.ones(len(listings[1]), bool)])
-    elif options.holdout:
-        split["val"] = first[held]
+    split = {"train": first[~held]} | ({"val": first[held]} if options.holdout else {})
+    for name, source in list_other_sources(options).items():
+        listing = scan(
+            source,
+            scratch / name,
+            split=name,
+            classes=listings[0].classes if options.labels else None,
+            labels=options.find_labels(name),
+            numbered=listings[0].numbered,
+            **kind,
+        )
+        split[name] = np.arange(len(listing), dtype=np.uint32) + np.uint32(len(held))
+        held = np.concatenate([held, np.ones(len(listing), bool)])
+        listings.append(listing)
     return BuildPlan(
         listings=tuple(listings),
         orders={
@@ -239,6 +235,12 @@ def make_plan(options: BuildConfig, scratch: Path) -> BuildPlan:
         fingerprint=compute_fingerprint(options, listings),
         notes=tuple(_collect_notes(options, listings)),
     )
+
+
+def list_other_sources(options: BuildConfig) -> dict[SplitName, str]:
+    """Return the sources of the splits beside the training's."""
+    named: dict[SplitName, str | None] = {"val": options.val, "test": options.test}
+    return {name: source for name, source in named.items() if source is not None}
 
 
 def _collect_notes(options: BuildConfig, listings: Iterable[Listing]) -> Iterator[str]:
@@ -252,8 +254,9 @@ def _collect_notes(options: BuildConfig, listings: Iterable[Listing]) -> Iterato
             f"{escape(hide_credentials(options.train))}, too, to pack it for validation"
         )
     # Shards of a source without "val" are validated on its "test".
-    if "test" in named and not ("val" not in named and options.val == options.train):
-        yield f"{named['test']} is not packed; to evaluate on it, name it by --val"
+    as_val = "val" not in named and options.val == options.train
+    if options.test is None and "test" in named and not as_val:
+        yield f"{named['test']} is not packed; to evaluate on it, name it by --test"
 
 
 def _refuse_empty_class(listing: Listing) -> None:
@@ -355,6 +358,8 @@ def output_settings(options: BuildConfig) -> dict[str, Any]:
     ):  # a build that has none of them is what it was before them
         if settings[name] in (getattr(BuildConfig, name), []):
             del settings[name]
+    if options.test is not None:
+        settings["test"] = True  # the same listing may be that of another split
     return settings
 
 

@@ -385,6 +385,8 @@ def seal(
     sources = {"train": str(options.train)}
     if "val" in splits:
         sources["val"] = str(options.val or describe_holdout(options.holdout, sources["train"]))
+    if "test" in splits:
+        sources["test"] = str(options.test)
     manifest = Manifest(
         splits=splits,
         classes=plan.classes,

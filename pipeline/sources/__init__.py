@@ -6,7 +6,7 @@
     SRC/<class>.tar                   a tar per class, as inside ILSVRC2012_img_train.tar
     SRC.tar                           one tar of such tars, or of `<class>/image` members
     ILSVRC2012_img_val.tar            unsorted, or a folder of the same, with the ground truth
-                                      given or beside it (`imagenet`)
+    ILSVRC2010_images_test.tar        given or beside it (`imagenet`)
     SRC/Data/CLS-LOC/{train,val}      Kaggle's tree, with LOC_val_solution.csv
     SRC/{train,val}/...               any of these, the split that is asked for
     SRC/*.parquet                     Hugging Face's: the image's bytes and its label
@@ -19,6 +19,7 @@ A listed image is a place in a container; `open_reader` reads it from there in a
     store_folders   folders of classes in a store
     tars        tars of classes
     imagenet    ILSVRC's ground truth, development kit and class names
+    matlab      struct arrays of MATLAB files
     parquet     parquet files of Hugging Face
     webdataset  WebDataset shards
     classes     labels beside images -> the list of classes
@@ -38,14 +39,16 @@ from pipeline.sources.listing import (
     Unreadable,
 )
 from pipeline.sources.readers import open_reader
-from pipeline.sources.scan import find_other_splits, scan
+from pipeline.sources.scan import SPLITS, SplitName, find_other_splits, scan
 
 __all__ = [
+    "SPLITS",
     "Container",
     "Listing",
     "ListingWriter",
     "Reject",
     "SourceReader",
+    "SplitName",
     "Unreadable",
     "find_other_splits",
     "open_reader",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
@@ -22,6 +21,7 @@ from pipeline.sources.imagenet import (
     find_ground_truth,
     is_kit_name,
     is_list_name,
+    parse_image_name,
     read_ground_truth,
     strip_ending,
 )
@@ -45,7 +45,11 @@ from pipeline.sources.names import (
 from pipeline.sources.tars import ImageBuffer, get_class, open_tar, select_files
 from pipeline.tools.errors import SYSTEM_ERRORS, DamagedSource, UsageError, summarize_error
 
-_SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "validation")}
+_SPLIT_FOLDERS = {
+    "train": ("train", "training"), "val": ("val", "validation"), "test": ("test",),
+}  # fmt: skip
+ARCHIVES = ("ILSVRC2012_img_", "ILSVRC2010_images_")
+"""Beginnings of the names of ILSVRC's archives; the split follows."""
 
 
 class FolderContents(NamedTuple):
@@ -107,23 +111,24 @@ def choose_split(inside: FolderContents, split: str, source: str) -> str | None:
 
     Args:
         inside: content of the folder.
-        split: `train` or `val`.
+        split: `train`, `val` or `test`.
         source: the folder, for messages.
 
     Raises:
-        UsageError: it holds only the other split.
+        UsageError: it holds only other splits.
     """
     found = {
         name: [
-            *(entry for entry in inside.files if entry == f"ILSVRC2012_img_{name}.tar"),
+            *(one for one in inside.files if one in {f"{start}{name}.tar" for start in ARCHIVES}),
             *(entry for entry in folders if entry in inside.folders),
         ]
         for name, folders in _SPLIT_FOLDERS.items()
     }
     # A class may well be called "train", but not beside nothing else than a "val" or a "test".
-    others = set(inside.folders) - {*itertools.chain(*_SPLIT_FOLDERS.values()), "test"}
-    tars = [name for name in inside.files if name.startswith("ILSVRC2012_img_")]
-    if not all(found.values()) and (others or not any(found.values())) and not tars:
+    others = set(inside.folders) - {*itertools.chain(*_SPLIT_FOLDERS.values())}
+    tars = [name for name in inside.files if name.startswith(ARCHIVES)]
+    pair = found["train"], found["val"]
+    if not all(pair) and (others or not any(pair)) and not tars:
         return None
     if not found[split]:
         raise UsageError(
@@ -250,9 +255,11 @@ def _folder_error(folder: str | Path, error: OSError) -> DamagedSource:
     return DamagedSource(message, name, 0, f"the folder cannot be read: {why}")
 
 
-_VALIDATION = re.compile(r"ILSVRC2012_val_\d{8}\.JPEG", re.IGNORECASE)
-_NO_CLASS = frozenset({"", "val", "validation", "ILSVRC2012_img_val"})
-"""Names of folders in a tar of validation images that are no classes."""
+_NO_CLASS = frozenset(
+    {"", "val", "validation", "test"}
+    | {f"{start}{name}" for start in ARCHIVES for name in ("val", "test")}
+)
+"""Names of folders in a tar of validation or test images that are no classes."""
 
 
 def find_loose_in_folder(folder: Path) -> str | None:
@@ -275,7 +282,7 @@ def find_loose_in_tar(tar: Path) -> str | None:
                 return None
             if is_image(name):
                 folder = get_class(name)
-                known = folder == "" or (folder in _NO_CLASS and _is_validation(name))
+                known = folder == "" or (folder in _NO_CLASS and parse_image_name(name) is not None)
                 return name if known else None
     return None
 
@@ -307,22 +314,22 @@ def read_labels(source: Path, image: str, labels: str | None) -> GroundTruth:
     Args:
         source: folder or tar.
         image: name of one of the images.
-        labels: value of --val-labels.
+        labels: value of --val-labels or --test-labels.
 
     Raises:
         UsageError: there are no labels, or they cannot be parsed.
     """
     if labels is not None:
-        return read_ground_truth(Path(labels))
-    if not _is_validation(image):
+        return read_ground_truth(Path(labels), image)
+    if (numbered := parse_image_name(image)) is None:
         raise UsageError(
             f"image {escape(f'{source}/{image}')} lies outside a class; put it into a folder "
             f"named as its class, or {GIVE_LABELS}"
         )
-    if (found := find_ground_truth(source)) is None:
+    if (found := find_ground_truth(source, image)) is None:
+        kind = "validation" if numbered.part == "val" else "test"
         raise UsageError(
-            f"validation set {escape(str(source))} has no ground truth in or beside it; "
-            f"{GIVE_LABELS}"
+            f"{kind} set {escape(str(source))} has no ground truth in or beside it; {GIVE_LABELS}"
         )
     return found
 
@@ -330,7 +337,11 @@ def read_labels(source: Path, image: str, labels: str | None) -> GroundTruth:
 def _add_labelled(
     files: Iterable[tuple[str, int, int]], found: ImageBuffer, truth: GroundTruth
 ) -> None:
-    """Add files (name, place, size) of one container."""
+    """Add files (name, place, size) of one container.
+
+    Raises:
+        UsageError: none of them has a label, or a ground truth has fewer lines than images.
+    """
     labels, list_name = truth.labels, escape(str(truth.file))
     missing = dict.fromkeys(labels)  # in order
     with found.until_fault():
@@ -342,6 +353,12 @@ def _add_labelled(
                 found.add(labels[key], name, place, size)
                 missing.pop(key, None)
             else:
+                numbered = parse_image_name(name)
+                if truth.stem and numbered is not None and numbered.stem == truth.stem:
+                    raise UsageError(
+                        f"labels {list_name} have {len(labels):,} lines, and {escape(name)} is "
+                        f"image {numbered.number:,} of {escape(found.address)}; give the whole file"
+                    )
                 found.reject(name, f"no label: {list_name} has none for it")
     if not found.writer.images:
         found.writer.faults.refuse()
@@ -351,7 +368,3 @@ def _add_labelled(
         )
     for key in missing:
         found.reject(key, f"no image: {list_name} has a label for it")
-
-
-def _is_validation(name: str) -> bool:
-    return _VALIDATION.fullmatch(name.rpartition("/")[2]) is not None

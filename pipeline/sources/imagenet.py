@@ -1,13 +1,15 @@
-"""ILSVRC's side files: the class of each validation image, and readable names of classes.
+"""ILSVRC's side files: the class of each validation or test image, and readable names of classes.
 
-ILSVRC's validation images are numbered, not sorted. Their classes come from one of
+ILSVRC's validation and test images are numbered, not sorted. Their classes come from one of
 
     ILSVRC2012_devkit_t12.tar.gz    the development kit, or the folder it unpacks to
+    ILSVRC2010_devkit-1.0.tar.gz    that of 2010, which unpacks to devkit-1.0
+    ILSVRC2010_test_ground_truth.txt    of the test images of 2010, beside that year's kit
     LOC_val_solution.csv            Kaggle's: `ILSVRC2012_val_00048981,n03995372 85 1 499 272 ...`
     *synset_labels.txt              a WordNet id a line, the first for image 1
     any other text file             `ILSVRC2012_val_00000001.JPEG n01751748` lines
 
-In the kit, `data/meta.mat` numbers and names the synsets, and
+In the kit, `data/meta.mat` numbers and names the synsets (ILSVRC2012_ID, ILSVRC2010_ID), and
 `data/ILSVRC2012_validation_ground_truth.txt` has the number of image 1, 2, 3, ... The archive is
 read in memory, not unpacked.
 """
@@ -17,153 +19,69 @@ from __future__ import annotations
 import gzip
 import io
 import re
-import resource
-import struct
-import sys
-import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from pipeline.dataset.tar import escape, read_members
+from pipeline.sources.matlab import LIMIT, read_structs
 from pipeline.sources.names import IMAGE_ENDINGS, is_class
 from pipeline.tools.errors import UsageError
-from pipeline.tools.processes import Crash, call_isolated
 
-DEVKIT = "ILSVRC2012_devkit_t12"
+DEVKITS = ("ILSVRC2012_devkit_t12", "ILSVRC2010_devkit-1.0", "devkit-1.0")
+"""Names of the kits' archives and of the folders that they unpack to; the last two are of 2010."""
+PATCHES = "patch_images.tar"
+"""Archive of 2010 with other versions of images that are blank or show a banner."""
 BOXES = "ILSVRC2012_bbox"
 SOLUTION = "LOC_val_solution.csv"
 SYNSET_LABELS = "synset_labels.txt"
 TITLES = ("LOC_synset_mapping.txt", "synset_words.txt", "classes.txt", "classes", "words.txt")
 
 GIVE_LABELS = (
-    "give --val-labels FILE: ILSVRC2012_devkit_t12.tar.gz, LOC_val_solution.csv, "
-    "or a list of WordNet ids"
+    "give --val-labels FILE (--test-labels for --test): ILSVRC2012_devkit_t12.tar.gz, "
+    "ILSVRC2010_test_ground_truth.txt, LOC_val_solution.csv, or a list of WordNet ids"
 )
 
 META = "meta.mat"
-TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+VALIDATION = "ILSVRC2012_val"
+"""Stem of the images that a list of WordNet ids alone is of."""
 ARCHIVES = (".tar.gz", ".tgz", ".tar")
-LIMIT = 64 << 20
-"""Bytes that a kit, or a list of labels, may unpack to; the real one has a tenth of it."""
-MAT_HEADER, MAT_COMPRESSED = 128, 15  # bytes before the first element; its type
-MAT_SECONDS = 20
-"""CPU seconds that reading `meta.mat` may take; the real one takes 0.2."""
-
 _WNID = re.compile(r"n\d{8}")
+_NUMBERED = re.compile(r"(ILSVRC(20\d\d)_(val|test))_(\d{8})", re.IGNORECASE)
+_TRUTH = re.compile(r"ILSVRC(20\d\d)_(validation|test)_ground_truth\.txt")
+_ID = re.compile(r"ILSVRC(20\d\d)_ID")
 _TITLE = re.compile(r"(n\d{8})[\s,:]+(\S.*)")
-
-Value = str | float | None
-"""A text or a number; None for anything else."""
-
-
-def read_structs(data: bytes, name: str) -> list[dict[str, Value]]:
-    """Return the elements of a struct array in a MATLAB 5 file.
-
-    SciPy's reader trusts what a file claims, and a damaged one may crash it: it runs in a process
-    of its own, with `LIMIT` bytes of memory and `MAT_SECONDS` of CPU time.
-
-    Args:
-        data: content of the file.
-        name: name of the variable.
-
-    Returns:
-        for each struct its fields that are texts or single numbers (others are None).
-
-    Raises:
-        ValueError: no such variable, or a damaged file; the message is one line.
-    """
-    import scipy.io  # noqa: F401 - once, here: the process that reads is a fork of this one
-
-    try:
-        found = call_isolated(_load_structs, data, name)
-    except Crash as crash:
-        raise ValueError(f"it is damaged: its reader crashed ({crash})") from crash
-    if isinstance(found, str):
-        raise ValueError(found)
-    return found
-
-
-def _load_structs(data: bytes, name: str) -> list[dict[str, Value]] | str:
-    """Limit this process, and return the structs of a file or the message of the error."""
-    _limit_process(LIMIT, MAT_SECONDS)
-    return _parse_structs(data, name)
-
-
-def _parse_structs(data: bytes, name: str) -> list[dict[str, Value]] | str:
-    from scipy.io import loadmat
-
-    if _exceeds_limit(data):
-        return f"it unpacks to more than {LIMIT >> 20} MiB"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            variables = loadmat(
-                io.BytesIO(data),
-                variable_names=[name],
-                squeeze_me=True,
-                uint16_codec="utf-16-le" if data[126:128] == b"IM" else "utf-16-be",
-            )
-        structs = np.atleast_1d(variables.get(name, ())).ravel()
-        fields = structs.dtype.names
-        if not fields:
-            return f"it holds no structs named {name}"
-        return [dict(zip(fields, map(_plain_value, row), strict=True)) for row in structs.tolist()]
-    except MemoryError:
-        return f"it unpacks to more than {LIMIT >> 20} MiB"
-    except Exception as error:  # SciPy's reader raises anything on damaged input
-        return f"it is damaged, or of another version ({error!r})"
-
-
-def _exceeds_limit(data: bytes) -> bool:
-    """Unpack the compressed elements of a MATLAB 5 file as far as `LIMIT` bytes, and count.
-
-    The limit of the process alone would not do: memory that its parent has freed is not counted.
-    """
-    order, at, room = "<" if data[126:128] == b"IM" else ">", MAT_HEADER, LIMIT
-    while at + 8 <= len(data) and room >= 0:
-        kind, size = struct.unpack_from(f"{order}II", data, at)
-        unpacker, packed = zlib.decompressobj(), data[at + 8 : at + 8 + size]
-        while kind == MAT_COMPRESSED and packed and room >= 0:
-            try:
-                room -= len(unpacker.decompress(packed, 1 << 20))
-            except zlib.error:
-                break  # damaged: the reader says so
-            packed = unpacker.unconsumed_tail
-        at += 8 + size
-    return room < 0
-
-
-def _limit_process(memory: int, seconds: int) -> None:
-    """End this process after so many seconds of CPU time; let it take so many bytes more."""
-    _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, most))
-    if sys.platform == "linux":
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        _, most = resource.getrlimit(resource.RLIMIT_AS)
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + memory, most))
-
-
-def _plain_value(value: object) -> Value:
-    """Return a field that SciPy read as a text or a number; None for anything else."""
-    if isinstance(value, str):
-        return value
-    return float(value) if isinstance(value, int | float) else None
 
 
 class Devkit(NamedTuple):
     """Content of a development kit."""
 
+    year: str
+    """2012 or 2010."""
     wnids: dict[int, str]
-    """ILSVRC2012_ID -> WordNet id, of the classes that have images of their own."""
+    """ILSVRC2012_ID or ILSVRC2010_ID -> WordNet id, of the classes with images of their own."""
     titles: dict[str, str]
     """WordNet id -> words."""
     truth: list[str]
     """The WordNet id of validation image 1, 2, 3, ...; empty if the kit lacks the list."""
+
+    @property
+    def truth_name(self) -> str:
+        """Name of the file that `truth` is read from."""
+        return f"ILSVRC{self.year}_validation_ground_truth.txt"
+
+    def find_classes(self, name: str, text: bytes) -> list[str]:
+        """Return the WordNet ids of the numbers in a ground truth, a line each.
+
+        Raises:
+            ValueError: a line is no number of a class; the message names the file.
+        """
+        try:
+            return [self.wnids[int(line)] for line in text.strip().splitlines()]
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{name} says {error}, which is no ILSVRC{self.year}_ID") from error
 
 
 def is_devkit(path: Path) -> bool:
@@ -185,12 +103,12 @@ def read_devkit(path: Path) -> Devkit:
         raise _kit_error(path, getattr(error, "strerror", None) or str(error)) from error
     if META not in files:
         raise _kit_error(path, f"it holds no data/{META}")
-    wnids, titles = _read_synsets(path, files[META])
+    kit = _read_synsets(path, files[META])
     try:
-        numbers = map(int, files.get(TRUTH, b"").strip().splitlines())
-        return Devkit(wnids, titles, [wnids[number] for number in numbers])
-    except (ValueError, KeyError) as error:
-        raise _kit_error(path, f"{TRUTH} says {error}, which is no ILSVRC2012_ID") from error
+        truth = kit.find_classes(kit.truth_name, files.get(kit.truth_name, b""))
+    except ValueError as error:
+        raise _kit_error(path, str(error)) from error
+    return kit._replace(truth=truth)
 
 
 def read_bounded(path: Path, packed: bool = False) -> bytes:
@@ -212,8 +130,8 @@ def _read_kit_files(path: Path) -> dict[str, bytes]:
     """Return the files of a kit by name, of a folder only those that are used."""
     if path.is_dir():
         folder = path if (path / META).is_file() else path / "data"
-        there = filter(Path.is_file, (folder / META, folder / TRUTH))
-        return {file.name: read_bounded(file) for file in there}
+        used = (file for file in folder.glob("*") if file.name == META or is_truth_name(file.name))
+        return {file.name: read_bounded(file) for file in used if file.is_file()}
     with path.open("rb") as archive:
         packed = archive.read(2) == b"\x1f\x8b"
     data = read_bounded(path, packed)
@@ -225,15 +143,18 @@ def _read_kit_files(path: Path) -> dict[str, bytes]:
     return found
 
 
-def _read_synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, str]]:
-    """Return ILSVRC2012_ID -> WordNet id, and WordNet id -> words, of the synsets at the bottom."""
+def _read_synsets(path: Path, meta: bytes) -> Devkit:
+    """Return numbers and words of the synsets at the bottom, without the ground truth."""
     wnids: dict[int, str] = {}
     titles: dict[str, str] = {}
     try:
-        for synset in read_structs(meta, "synsets"):
+        synsets = read_structs(meta, "synsets")
+        keys = next(iter(synsets), {})
+        year = next((match[1] for key in keys if (match := _ID.fullmatch(key))), "2012")
+        for synset in synsets:
             if synset["num_children"] != 0:
                 continue
-            number, wnid = synset["ILSVRC2012_ID"], synset["WNID"]
+            number, wnid = synset[f"ILSVRC{year}_ID"], synset["WNID"]
             if not isinstance(number, float) or not isinstance(wnid, str) or not is_class(wnid):
                 raise ValueError(f"synset {len(wnids) + 1} is {wnid!r}, number {number}")
             wnids[int(number)] = wnid
@@ -242,19 +163,19 @@ def _read_synsets(path: Path, meta: bytes) -> tuple[dict[int, str], dict[str, st
         raise _kit_error(path, f"{META}: {escape(str(error))}") from error
     if not wnids:
         raise _kit_error(path, f"{META} names no synsets")
-    return wnids, titles
+    return Devkit(year, wnids, titles, [])
 
 
 def _kit_error(path: Path, what: str) -> UsageError:
     return UsageError(
         f"development kit {escape(str(path))} cannot be used ({what}); "
-        "give ILSVRC2012_devkit_t12.tar.gz as it was downloaded"
+        "give its archive as it was downloaded, or the folder that it unpacks to"
     )
 
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Classes of the validation images."""
+    """Classes of the validation or test images."""
 
     file: Path
     """File that lists them."""
@@ -264,6 +185,8 @@ class GroundTruth:
     """All classes, sorted."""
     titles: dict[str, str] = field(default_factory=dict)
     """Class -> readable name, of those that have one."""
+    stem: str = ""
+    """Name of images without their numbers, if the file has a line for every one of them."""
 
 
 def strip_ending(name: str) -> str:
@@ -275,52 +198,111 @@ def strip_ending(name: str) -> str:
     return name
 
 
-def validation_stem(place: int) -> str:
-    """Return the stem of ILSVRC's validation image `place`, counted from 0."""
-    return f"ILSVRC2012_val_{place + 1:08d}"
+class ImageNumber(NamedTuple):
+    """Parts of the name of an image of ILSVRC that is numbered."""
+
+    stem: str
+    """Name without the number: `ILSVRC2012_val`."""
+    year: str
+    part: str
+    """val or test."""
+    number: int
+    """From 1."""
+
+
+def parse_image_name(name: str) -> ImageNumber | None:
+    """Parse a name such as `val/ILSVRC2012_val_00000001.JPEG`; None for any other."""
+    match = _NUMBERED.fullmatch(strip_ending(name))
+    return match and ImageNumber(match[1], match[2], match[3].lower(), int(match[4]))
+
+
+def _label_numbered(stem: str, classes: Iterable[str]) -> dict[str, str]:
+    """Return the class of each numbered image, by its stem and number, in their order."""
+    return {f"{stem}_{number:08d}": name for number, name in enumerate(classes, 1)}
 
 
 def is_kit_name(name: str) -> bool:
-    """Return whether a folder or a tar of this name is ILSVRC's kit or its boxes, and no class."""
-    return name.startswith((DEVKIT, BOXES))
+    """Return whether a folder or tar of this name is ILSVRC's kit, boxes or patches, no class."""
+    return name.startswith((*DEVKITS, BOXES, PATCHES))
+
+
+def is_truth_name(name: str) -> bool:
+    """Return whether a file of this name has the numbers of the classes of ILSVRC's images."""
+    return _TRUTH.fullmatch(name) is not None
 
 
 def is_list_name(name: str) -> bool:
     """Return whether a file of this name is one of the lists, which are not rejects."""
-    return is_kit_name(name) or name in (SOLUTION, *TITLES) or name.endswith(SYNSET_LABELS)
+    is_list = name in (SOLUTION, *TITLES) or name.endswith(SYNSET_LABELS)
+    return is_list or is_kit_name(name) or is_truth_name(name)
 
 
-def read_ground_truth(path: Path) -> GroundTruth:
-    """Read the labels of the validation images from a file of any of these kinds.
+def read_ground_truth(path: Path, image: str = "") -> GroundTruth:
+    """Read the labels of validation or test images from a file of any of these kinds.
 
     Args:
         path: one of the files above, or a folder that holds one.
+        image: name of one of the images: of a folder that holds several, the labels of its year
+            and part are read.
 
     Raises:
         UsageError: there is none, or it cannot be parsed.
     """
     if not path.exists():
         raise UsageError(f"labels {escape(str(path))} do not exist; {GIVE_LABELS}")
-    if path.name == TRUTH:  # numbers mean something only together with meta.mat
-        path = path.parent
-    if is_devkit(path):
+    if is_truth_name(path.name):
+        return _read_numbers(path)
+    numbered = parse_image_name(image)
+    of_test = path.is_dir() and numbered is not None and numbered.part == "test"
+    if is_devkit(path) and not of_test:
         kit = read_devkit(path)
         if not kit.truth:
-            raise UsageError(f"labels {escape(str(path))} lack {TRUTH}; {GIVE_LABELS}")
-        labels = {validation_stem(place): wnid for place, wnid in enumerate(kit.truth)}
-        return GroundTruth(path, labels, tuple(sorted(kit.wnids.values())), kit.titles)
+            raise UsageError(f"labels {escape(str(path))} lack {kit.truth_name}; {GIVE_LABELS}")
+        return _number_truth(path, kit, "val", kit.truth)
     if path.is_dir():
-        found = next(_find_labels(path), None)
+        found = next(_find_labels(path, image), None)
         if found is None:
             raise UsageError(f"folder {escape(str(path))} holds no labels; {GIVE_LABELS}")
         return read_ground_truth(found)
     return _read_list(path)
 
 
-def find_ground_truth(source: Path) -> GroundTruth | None:
-    """Return the labels that lie in or beside a source, or None."""
+def _read_numbers(path: Path) -> GroundTruth:
+    """Read a file of numbers, which mean something only together with the `meta.mat` of a kit."""
+    match = _TRUTH.fullmatch(path.name)
+    assert match is not None, path
+    inside = (place for place in (path.parent, path.parent.parent) if is_devkit(place))
+    found = next(inside, None) or next(_find_kits(path.parent, match[1]), None)
+    if found is None:
+        raise UsageError(
+            f"labels {escape(str(path))} are numbers of classes, and no development kit lies "
+            f"beside them to name these; put that of {match[1]} there"
+        )
+    kit = read_devkit(found)
+    try:
+        text = "\n".join(_read_lines(path)).encode()
+        if kit.year != match[1]:
+            raise ValueError(f"{found.name} is the kit of {kit.year}, not of {match[1]}")
+        truth = kit.find_classes(path.name, text)
+    except ValueError as error:
+        raise UsageError(
+            f"labels {escape(str(path))} cannot be used ({escape(str(error))}); give the file as "
+            "it was downloaded"
+        ) from error
+    if not truth:
+        raise UsageError(f"labels {escape(str(path))} are empty; {GIVE_LABELS}")
+    return _number_truth(path, kit, "val" if match[2] == "validation" else "test", truth)
+
+
+def _number_truth(file: Path, kit: Devkit, part: str, truth: list[str]) -> GroundTruth:
+    stem, classes = f"ILSVRC{kit.year}_{part}", tuple(sorted(kit.wnids.values()))
+    return GroundTruth(file, _label_numbered(stem, truth), classes, kit.titles, stem)
+
+
+def find_ground_truth(source: Path, image: str = "") -> GroundTruth | None:
+    """Return the labels that lie in or beside a source with such an image, or None."""
     for folder in list_folders(source):
-        for path in _find_labels(folder):
+        for path in _find_labels(folder, image):
             return read_ground_truth(path)
     return None
 
@@ -350,15 +332,24 @@ def list_folders(source: Path) -> Iterator[Path]:
         yield from source.parent.parents[:3]
 
 
-def _find_labels(folder: Path) -> Iterator[Path]:
-    yield from _find_kits(folder)
+def _find_labels(folder: Path, image: str) -> Iterator[Path]:
+    """Yield the files with labels of images such as `image`, of any validation images for ""."""
+    numbered = parse_image_name(image)
+    if numbered is not None and numbered.part == "test":
+        name = f"ILSVRC{numbered.year}_test_ground_truth.txt"
+        yield from filter(Path.is_file, (folder / name, folder / "data" / name))
+        return
+    yield from _find_kits(folder, numbered.year if numbered else "")
     if (folder / SOLUTION).is_file():
         yield folder / SOLUTION
     yield from sorted(folder.glob(f"*{SYNSET_LABELS}"))
 
 
-def _find_kits(folder: Path) -> Iterator[Path]:
-    return filter(is_devkit, (folder / f"{DEVKIT}{ending}" for ending in (*ARCHIVES, "")))
+def _find_kits(folder: Path, year: str = "") -> Iterator[Path]:
+    """Yield the kits in a folder, of one year if it is given."""
+    names = DEVKITS if not year else DEVKITS[:1] if year == "2012" else DEVKITS[1:]
+    paths = (folder / f"{name}{ending}" for name in names for ending in (*ARCHIVES, ""))
+    return filter(is_devkit, paths)
 
 
 def _read_list(path: Path) -> GroundTruth:
@@ -382,7 +373,9 @@ def _read_list(path: Path) -> GroundTruth:
                 f"class; {GIVE_LABELS}"
             )
         name, class_name = (
-            (validation_stem(place), words[0]) if in_order else (strip_ending(words[0]), words[1])
+            (f"{VALIDATION}_{place + 1:08d}", words[0])
+            if in_order
+            else (strip_ending(words[0]), words[1])
         )
         if labels.setdefault(name, class_name) != class_name:
             raise UsageError(
@@ -390,6 +383,33 @@ def _read_list(path: Path) -> GroundTruth:
                 f"{labels[name]!r} and {class_name!r}; remove one"
             )
     return GroundTruth(path, labels, tuple(sorted(set(labels.values()))))
+
+
+def read_class_numbers(path: Path) -> dict[str, int]:
+    """Return the number of each class, from 1, as a submission has it.
+
+    Args:
+        path: a development kit, whose numbers are those of ILSVRC's server; or a text file with a
+            class a line, number 1 first: its name, or a WordNet id and words.
+
+    Raises:
+        UsageError: it cannot be read, or has a class twice or none.
+    """
+    if not path.exists():
+        raise UsageError(f"class list {escape(str(path))} does not exist; name a kit or a list")
+    if is_devkit(path):
+        return {wnid: number for number, wnid in read_devkit(path).wnids.items()}
+    if path.is_dir():
+        raise UsageError(f"folder {escape(str(path))} is no development kit; name a kit or a list")
+    numbers: dict[str, int] = {}
+    for number, line in enumerate("\n".join(_read_lines(path)).rstrip().splitlines(), 1):
+        name = match[1] if (match := _TITLE.fullmatch(line)) else line
+        if not name or numbers.setdefault(name, number) != number:
+            why = f"has {escape(name)!r} twice" if name else f"has an empty line {number:,}"
+            raise UsageError(f"class list {escape(str(path))} {why}; give a class a line")
+    if not numbers:
+        raise UsageError(f"class list {escape(str(path))} is empty; give a class a line")
+    return numbers
 
 
 def _split_words(line: str) -> list[str]:

@@ -8,12 +8,13 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from pipeline.dataset.samples import UnknownClasses
 from pipeline.dataset.tar import escape
 from pipeline.remote.filesystem import is_remote
 from pipeline.sources.folders import (
+    ARCHIVES,
     FolderContents,
     add_flat_folder,
     add_flat_tar,
@@ -26,7 +27,7 @@ from pipeline.sources.folders import (
     list_folder,
     read_labels,
 )
-from pipeline.sources.imagenet import find_titles, is_kit_name, is_list_name
+from pipeline.sources.imagenet import PATCHES, find_titles, is_kit_name, is_list_name
 from pipeline.sources.listing import Listing, ListingWriter
 from pipeline.sources.names import (
     HIDDEN,
@@ -52,7 +53,8 @@ from pipeline.sources.webdataset import is_webdataset, scan_webdataset
 from pipeline.tools.errors import DuetError, UsageError
 from pipeline.tools.text import hide_credentials
 
-SplitName = Literal["train", "val"]
+SplitName = Literal["train", "val", "test"]
+SPLITS: tuple[SplitName, ...] = get_args(SplitName)
 
 
 def scan(
@@ -130,6 +132,11 @@ def _scan_any(
             "copy"
         )
     path = find_split(Path(source), split)
+    if split == "train" and (path.parent / PATCHES).is_file():
+        writer.notes.append(
+            f"{escape(str(path.parent))}/{PATCHES} is not applied: the images that it replaces are "
+            "packed as they are"
+        )
     if not writer.labelled and path.is_dir():
         writer.kind = "a folder of images without labels"
         add_folder(path, "", writer)
@@ -138,7 +145,8 @@ def _scan_any(
     if path != Path(source):
         if path.is_dir():
             inside = list_folder(path.parent)
-            archives = {name for name in inside.files if name.startswith("ILSVRC2012_")}
+            starts = "ILSVRC2012_", "ILSVRC2010_"
+            archives = {name for name in inside.files if name.startswith(starts)}
             _check_files(path.parent, inside, archives, writer)
         if (listing := _scan_labelled(str(path), writer, split, classes, numbered)) is not None:
             return _refuse_labels(listing, labels)
@@ -164,7 +172,7 @@ def find_other_splits(source: str) -> dict[str, str]:
         beside = list_folder(train.parent)
     except (DuetError, OSError):
         return {}
-    tests = [name for name in beside.files if name.startswith("ILSVRC2012_img_test")]
+    tests = [one for one in beside.files if one.startswith(tuple(f"{one}test" for one in ARCHIVES))]
     tests += [name for name in beside.folders if name == "test"]
     found = {"test": str(train.parent / tests[0])} if tests else {}
     with suppress(UsageError):

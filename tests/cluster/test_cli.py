@@ -172,7 +172,7 @@ def test_an_old_spelling_of_a_flag_works():
     kind = load_options(VERBS["neighbors"])
     words = ["runs/a", "--data", "d", "--step", "4", "--queries=train", "--base", "val"]
     options = parse_options(kind, words, "x")
-    assert (options.checkpoint, options.queries, options.base) == (4, "train", "val")
+    assert (options.checkpoint, options.queries, options.base) == ("4", "train", "val")
     for verb in VERBS.values():
         if verb.options:
             kind = load_options(verb)

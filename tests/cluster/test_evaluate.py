@@ -31,8 +31,8 @@ from model.architecture import Design
 from pipeline.batches import Stream
 from pipeline.dataset.image_stats import Statistics
 from pipeline.dataset.manifest import Manifest, identity
-from pipeline.tools.errors import UsageError
-from tests.helpers.images import flip_bit
+from pipeline.tools.errors import DataError, UsageError
+from tests.helpers.images import flip_bit, packed
 from tests.helpers.processes import drop_progress
 from tests.helpers.resealed_data import edit_manifest
 
@@ -259,6 +259,26 @@ def test_the_checkpoint_may_be_chosen(trained, capsys):
         main([str(trained), "--checkpoint", "5"])
 
 
+def test_a_checkpoint_may_be_named_by_its_folder(trained, tmp_path, capsys):
+    folder = trained / "checkpoints" / "step-00000002"
+    copied = Path(shutil.copytree(folder, tmp_path / folder.name))
+    for named in (folder, copied, copied / "checkpoint.json"):
+        assert main([str(trained), "--checkpoint", str(named)]) == 0
+        assert "step 2 (named): top-1 error" in capsys.readouterr().out
+    for named, words in (
+        (tmp_path / "step-00000007", f"{tmp_path} has no checkpoint of step 7; there are 2"),
+        (tmp_path, f"{tmp_path} is neither a step nor .*; the steps of {trained} are 4, 2"),
+        ("last", "--checkpoint last is neither a step nor a checkpoint's folder"),
+        ("-2", "--checkpoint -2 is neither a step"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            main([str(trained), f"--checkpoint={named}"])
+    column = copied / "column-a.safetensors"
+    column.write_bytes(column.read_bytes()[:-1])
+    with pytest.raises(DataError, match=r"no checkpoint of .* is sound"):
+        main([str(trained), "--checkpoint", str(copied)])
+
+
 def test_a_data_set_that_has_moved_is_named_by_data(trained, data, tmp_path, capsys):
     run, moved = tmp_path / "run", tmp_path / "moved"
     shutil.copytree(trained, run)
@@ -285,3 +305,123 @@ def test_a_data_set_with_other_classes_is_refused(trained, tiny_data, tmp_path, 
     assert f"{other} is not the data set of the training" in capsys.readouterr().err
     with pytest.raises(UsageError, match="no split 'test'; it has train, val"):
         main([str(trained), "--data", str(tiny_data), "--split", "test"])
+
+
+def write_class_list(folder: Path, classes: tuple[str, ...]) -> Path:
+    path = folder / "classes.txt"
+    path.write_text("".join(f"{name}\n" for name in classes))
+    return path
+
+
+def pack_unlabelled(folder: Path, image_folder: Path, names: dict[str, str]) -> Path:
+    """Pack images of the validation split without labels, renamed as ILSVRC's test images."""
+    (folder / "test").mkdir()
+    for name, origin in names.items():
+        shutil.copy(image_folder / "val" / origin, folder / "test" / name)
+    packed(folder / "data", train=folder / "test", labels=False)
+    return folder / "data"
+
+
+def read_guesses(path: Path) -> list[list[int]]:
+    return [[int(word) for word in line.split()] for line in path.read_text().splitlines()]
+
+
+def test_a_submission_has_a_line_an_image_in_the_order_of_the_names(
+    trained, image_folder, tmp_path, capsys
+):
+    """The oracle runs each image by itself, and ranks with NumPy; image 3 was never packed."""
+    origins = sorted(str(path.relative_to(image_folder / "val")) for path in
+                     (image_folder / "val").glob("*/*.jpg"))  # fmt: skip
+    numbers = [1, 2, 4, 5, 6, 7]
+    named = {f"ILSVRC2012_test_{number:08d}.JPEG": origins[3 * number] for number in numbers[:-1]}
+    named[f"ILSVRC2012_test_{7:08d}.JPEG"] = origins[0]
+    data = pack_unlabelled(tmp_path, image_folder, named)
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    out, classes = tmp_path / "test.txt", Manifest.load(read_address(trained)).classes
+    ids = [3, 9, 4, 7]
+    listed = tuple(
+        classes[ids.index(number)] if number in ids else f"other{number}" for number in range(1, 10)
+    )
+    words = [str(run), "--data", str(data), "--split", "train", "--json"]
+    submit = ["--submission", str(out), "--class-list", str(write_class_list(tmp_path, listed))]
+    evaluations = {path: path.read_bytes() for path in run.glob("evaluation*")}
+    assert main([*words, *submit]) == 0
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    assert (result["samples"], result["step"]) == (6, 4)
+    assert "top1_error" not in result
+    assert evaluations == {path: path.read_bytes() for path in run.glob("evaluation*")}
+    assert f"submission -> {out}" in printed.err
+    assert "1 images are damaged or missing, such as ILSVRC2012_test_00000003;" in printed.err
+    net = AlexNet(classes=4, width=CONFIG.design.width).eval()
+    load_checkpoint(run / "checkpoints" / "step-00000004", net)
+    rows = {}
+    with Stream(data, batch_size=1, crop="center", once=True, threads=1) as stream:
+        for batch in stream:
+            with torch.no_grad():
+                rows[batch.names[0]] = torch.softmax(net(batch.images), 1)[0].numpy()
+    wanted = [rows[name] for name in sorted(rows)]
+    wanted.insert(2, np.mean(wanted, axis=0))
+    assert read_guesses(out) == [[ids[place] for place in np.argsort(-row)] for row in wanted]
+
+
+def read_address(run: Path) -> Path:
+    return Path(re.search(r'(?m)^data = "(.*)"', (run / "config.toml").read_text())[1])
+
+
+def test_a_submission_counts_as_the_servers_routine_does(trained, tiny_data, tmp_path, capsys):
+    """The oracle is `eval_flat` of the development kits: is the truth among the first k?"""
+    classes = Manifest.load(tiny_data).classes
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    out = tmp_path / "val.txt"
+    listed = write_class_list(tmp_path, classes[::-1])
+    words = [str(run), "--data", str(tiny_data), "--submission", str(out), "--class-list"]
+    assert main([*words, str(listed), "--views", "10"]) == 0
+    assert f"10.json\nval, 20 images, ten views, step 4 (newest): submission -> {out}\n" in (
+        capsys.readouterr().out
+    )
+    with Stream(tiny_data, split="val", batch_size=20, once=True, crop="center") as stream:
+        batch = next(stream)
+    by_name = dict(zip(batch.names, batch.labels.tolist(), strict=True))
+    names = sorted(by_name, key=lambda name: (name.rpartition("/")[2], name))
+    truth = [len(classes) - by_name[name] for name in names]
+    guesses = read_guesses(out)
+    wrong = sum(answer[0] != right for answer, right in zip(guesses, truth, strict=True))
+    written = json.loads((run / "evaluation-10.json").read_text())
+    assert written["top1_error"] == pytest.approx(wrong / 20)
+
+
+def test_what_no_submission_can_be_made_of_is_refused(trained, image_folder, tmp_path):
+    names = {f"{number}.jpg": f"cat/{number:03d}.jpg" for number in (1, 2)}
+    data = pack_unlabelled(tmp_path, image_folder, names)
+    run, out = Path(shutil.copytree(trained, tmp_path / "run")), tmp_path / "out.txt"
+    words = [str(run), "--data", str(data), "--split", "train"]
+    submit = [*words, "--submission", str(out)]
+    whole = write_class_list(tmp_path, Manifest.load(read_address(trained)).classes)
+    half = tmp_path / "half.txt"
+    half.write_text("".join(whole.read_text().splitlines(keepends=True)[:2]))
+    twice = tmp_path / "twice.txt"
+    twice.write_text("n01440764 tench\nn01440764 tench\n")
+    void, gap = tmp_path / "void.txt", tmp_path / "gap.txt"
+    void.write_text("\n")
+    gap.write_text("a\n\nb\n")
+    for command, message in (
+        (words, "has no classes to count errors by; give --submission FILE --class-list FILE"),
+        (submit, "needs the numbers of the classes; give --class-list FILE: ILSVRC's development"),
+        ([*words, "--class-list", str(whole)], "--class-list goes with --submission FILE"),
+        ([*submit, "--class-list", "x"], "class list x does not exist; name a kit or a list"),
+        ([*submit, "--class-list", str(data)], "is no development kit; name a kit or a list"),
+        ([*submit, "--class-list", str(half)], "lacks '.*' and 1 more of the run's 4 classes"),
+        ([*submit, "--class-list", str(twice)], "has 'n01440764' twice; give a class a line"),
+        ([*submit, "--class-list", str(void)], "is empty; give a class a line"),
+        ([*submit, "--class-list", str(gap)], "has an empty line 2; give a class a line"),
+        ([*submit, "--class-list", str(whole), "--save-probabilities"], "has no classes, which"),
+        ([*words, "--submission", f"{out}/x", "--class-list", str(whole)], "name another --subm"),
+    ):
+        out.unlink(missing_ok=True)
+        if f"{out}/x" in command:
+            out.write_text("a file")
+        with pytest.raises(UsageError, match=message) as caught:
+            main(command)
+        assert str(caught.value).isprintable()
+        assert not list(tmp_path.glob("out.txt.*")), "nothing half-written is left"

@@ -1,4 +1,4 @@
-"""The archives, kits and lists of ILSVRC2012 in their real layout, with few images."""
+"""The archives, kits and lists of ILSVRC2012 and 2010 in their real layout, with few images."""
 
 from __future__ import annotations
 
@@ -33,12 +33,16 @@ def val_name(number: int) -> str:
 
 
 @cache
-def meta() -> bytes:
-    """Return meta.mat in its real structure: 1860 synsets, of which the first 1000 are leaves."""
+def meta(year: str = "2012") -> bytes:
+    """Return meta.mat in its real structure: 1860 synsets, of which the first 1000 are leaves.
+
+    That of 2010 has 1676 and, beside them, costs of mistakes.
+    """
+    count = SYNSETS if year == "2012" else 1676
     synsets = np.zeros(
-        (SYNSETS, 1),
+        (count, 1),
         [
-            ("ILSVRC2012_ID", object),
+            (f"ILSVRC{year}_ID", object),
             ("WNID", object),
             ("words", object),
             ("gloss", object),
@@ -48,7 +52,7 @@ def meta() -> bytes:
             ("num_train_images", object),
         ],
     )
-    for place in range(SYNSETS):
+    for place in range(count):
         inner = place >= LEAVES
         wnid = f"n{90_000_000 + place:08d}" if inner else WNIDS[place]
         children = np.array([[1, 2, 3]], np.uint16) if inner else np.zeros((1, 0), np.uint8)
@@ -57,8 +61,26 @@ def meta() -> bytes:
             *(np.uint8(3 * inner), children, np.uint8(inner), np.uint16(0 if inner else 1300)),
         )
     file = io.BytesIO()
-    savemat(file, {"synsets": synsets}, do_compression=True)
+    costs = {} if year == "2012" else {"cost_matrix": np.zeros((LEAVES, LEAVES), np.uint8)}
+    savemat(file, {"synsets": synsets} | costs, do_compression=True)
     return file.getvalue()
+
+
+def write_2010(folder: Path, test_lines: int = 6) -> Path:
+    """Write the downloads of ILSVRC-2010 but for the training images: three of each part."""
+    truth = "".join(f"{number}\n" for number in TRUTH[:3]).encode()
+    kit = {"readme.txt": b"x", "data/meta.mat": meta("2010"), "data/cost.txt": b"x"}
+    kit |= {"data/ILSVRC2010_validation_ground_truth.txt": truth}
+    members = {f"devkit-1.0/{name}": data for name, data in kit.items()}
+    tar_of(folder / "ILSVRC2010_devkit-1.0.tar.gz", members, "w:gz", folders=["devkit-1.0"])
+    lines = "".join(f"{number}\n" for number in TRUTH[3 : 3 + test_lines])
+    (folder / "ILSVRC2010_test_ground_truth.txt").write_text(lines)
+    for part, count in (("val", 3), ("test", 6)):
+        names = (f"{part}/ILSVRC2010_{part}_{number + 1:08d}.JPEG" for number in range(count))
+        contents = {name: name.encode() for name in names}
+        tar_of(folder / f"ILSVRC2010_images_{part}.tar", contents, folders=[part])
+    tar_of(folder / "patch_images.tar", {"patch_images/test/a.JPEG": b"x"})
+    return folder
 
 
 @pytest.fixture(name="kit")
@@ -95,14 +117,14 @@ def val_folder(folder: Path, numbers=SHOWN) -> Path:
     return folder
 
 
-def train_tar(folder: Path, wnids: list[str]) -> Path:
+def train_tar(folder: Path, wnids: list[str], name: str = "ILSVRC2012_img_train") -> Path:
     """Write the archive as it is handed out: a tar of `<wnid>_<number>.JPEG` per class."""
     inner = {}
     for wnid in wnids:
         contents = {f"{wnid}_{number}.JPEG": wnid.encode() for number in (18, 3)}
         inner[f"{wnid}.tar"] = tar_of(folder / "inner.tar", contents).read_bytes()
     (folder / "inner.tar").unlink()
-    return tar_of(folder / "ILSVRC2012_img_train.tar", inner)
+    return tar_of(folder / f"{name}.tar", inner)
 
 
 @pytest.fixture(name="listed")

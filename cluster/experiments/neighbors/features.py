@@ -81,13 +81,15 @@ class FeatureSource:
     """File that lists damaged images."""
 
 
-def open_source(run: Path, data: str, step: int | None = None, best: bool = False) -> FeatureSource:
+def open_source(
+    run: Path, data: str, named: str | None = None, best: bool = False
+) -> FeatureSource:
     """Choose the checkpoint of a run and check that the data set has the run's classes.
 
     Args:
         run: folder of the run.
         data: data set, a folder or an address; "": that of the run.
-        step: step of the checkpoint; None: the newest sound one.
+        named: step or folder of the checkpoint; None: the newest sound one.
         best: choose the one with the lowest validation error instead.
 
     Raises:
@@ -96,7 +98,7 @@ def open_source(run: Path, data: str, step: int | None = None, best: bool = Fals
         StoreError: a store does not answer.
     """
     config, trained_on = read_run_config(run / CONFIG)
-    checkpoint = choose_checkpoint(run, config.store, print_warning, step, best)
+    checkpoint = choose_checkpoint(run, config.store, print_warning, named, best)
     data, folder = locate_dataset(run, data, **config.cached)
     manifest = Manifest.load(folder)
     if manifest.classes != checkpoint.classes:

@@ -266,9 +266,10 @@ def test_the_rest_of_a_source_that_was_damaged_is_packed_when_it_is_mended(tmp_p
     assert verify(tmp_path / "data") == []
 
 
-def test_images_go_to_the_split_that_is_named(data, sources):
-    manifest = add(data, sources / "two", split="val")
-    assert manifest.splits["val"].samples == 16 + 12
+@pytest.mark.parametrize(("split", "count"), [("val", 16 + 12), ("test", 12)])
+def test_images_go_to_the_split_that_is_named(split, count, data, sources):
+    manifest = add(data, sources / "two", split=split)
+    assert manifest.splits[split].samples == count
     assert manifest.stats_sha256 == Manifest.load(data / "versions/000001").stats_sha256
     assert verify(data) == []
 
@@ -281,7 +282,7 @@ def test_images_go_to_the_split_that_is_named(data, sources):
         ({"labels": False}, "--no-labels differs: "),
         ({"train": "x"}, "--train begins a data set"),
         ({"retry_rejects": True}, "make a version each"),
-        ({"split": "test"}, "--split test is none of a build's"),
+        ({"split": "dev"}, "--split dev is none of a build's; give train, val or test"),
     ],
 )
 def test_settings_that_do_not_fit_the_set_are_refused(data, sources, settings, words):

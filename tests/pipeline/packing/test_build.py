@@ -353,7 +353,7 @@ def test_a_test_part_that_is_not_packed_is_told(kind, tmp_path):
             write_shards(source, f"{split}-%06d.tar", cls=lambda place: place % 4)
         test = source / "test-000000.tar"
     options = BuildConfig(out=str(tmp_path / "out"), train=str(source), val=str(source))
-    wanted = (f"{test} is not packed; to evaluate on it, name it by --val",)
+    wanted = (f"{test} is not packed; to evaluate on it, name it by --test",)
     assert make_plan(options, tmp_path / "1").notes == wanted
     assert make_plan(replace(options, val=None, holdout=0.5), tmp_path / "2").notes == wanted
     for name in [*source.glob("val*")]:
@@ -361,6 +361,8 @@ def test_a_test_part_that_is_not_packed_is_told(kind, tmp_path):
     if kind == "shards":  # which are validated on "test" then
         assert make_plan(options, tmp_path / "3").notes == ()
     assert make_plan(replace(options, val=None), tmp_path / "4").notes == wanted
+    named = replace(options, val=None, test=str(source))
+    assert make_plan(named, tmp_path / "5").notes == ()
 
 
 @pytest.mark.parametrize("limits", [{"GROUP": 7}, {"GROUP_BYTES": 1}])
@@ -391,3 +393,55 @@ def test_the_size_of_groups_changes_no_byte(tmp_path, monkeypatch, limits):
     assert folders[0] == folders[1]
     names = [json.loads(line)["name"] for line in folders[0]["rejects.jsonl"].splitlines()]
     assert [name[-7:] for name in sorted(names)] == [f"{n:03d}.jpg" for n in (0, 3, 5, 6, 7)]
+
+
+def test_a_test_split_leaves_the_bytes_of_the_others(image_folder, tiny_data, tmp_path):
+    sources = {name: image_folder / name for name in ("train", "val")}
+    out = tmp_path / "data"
+    manifest = packed(out, **sources, test=image_folder / "val", samples_per_shard=10)
+    assert verify(out) == []
+    assert {name: split.samples for name, split in manifest.splits.items()} == {
+        "train": 48, "val": 20, "test": 20,
+    }  # fmt: skip
+    before, after = everything(tiny_data), everything(out)
+    for name in before.keys() - {"manifest.json", "duplicates.jsonl", "aggregates.npz"}:
+        assert before[name] == after[name], name
+    assert manifest.sources["test"] == str(image_folder / "val")
+    assert manifest.leaks == 20, "the same images are in val and test"
+    assert {*rows_of(out, "test")["crc"].tolist()} == {*rows_of(out, "val")["crc"].tolist()}
+    with Stream(out, split="test", batch_size=20, once=True, crop="center", size=224) as stream:
+        labels = next(stream).labels.tolist()
+    assert labels == rows_of(out, "test")["label"].tolist()
+
+
+def test_a_test_source_is_another_plan_than_one_of_validation(image_folder, tmp_path):
+    options = BuildConfig(out=str(tmp_path / "out"), train=str(image_folder / "train"))
+    other = str(image_folder / "val")
+    plans = [
+        make_plan(replace(options, **settings), tmp_path / str(number))
+        for number, settings in enumerate(
+            ({"val": other}, {"test": other}, {"test": other, "holdout": 0.5})
+        )
+    ]
+    assert len({plan.fingerprint for plan in plans}) == 3
+    assert [list(plan.orders) for plan in plans] == [
+        ["train", "val"], ["train", "test"], ["train", "val", "test"],
+    ]  # fmt: skip
+    rows = np.sort(np.concatenate([*plans[2].orders.values()]))
+    assert rows.tolist() == [*range(68)], "each image is in one split"
+    assert np.flatnonzero(~plans[2].held_out).tolist() == sorted(plans[2].orders["train"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"test_labels": "x"}, "--test-labels goes with --test; name the test images too"),
+        ({"val_labels": "x"}, "--val-labels goes with --val; name the validation images too"),
+        ({"test": "t", "test_labels": "x", "labels": False}, "--test-labels names labels, and"),
+        ({"train": "", "test": "t", "add": "a"}, "--test begins a data set, and --add"),
+        ({"test": "t", "out": "t/x"}, "t/x lies inside the source t"),
+    ],
+)
+def test_settings_of_a_test_split_that_cannot_work(settings, words):
+    with pytest.raises(UsageError, match=words):
+        BuildConfig(**{"out": "data", "train": "s"} | settings).check()

@@ -1,7 +1,8 @@
-"""ILSVRC2012 as it is handed out: archives of the real layout, with few images."""
+"""ILSVRC2012 and 2010 as they are handed out: archives of the real layout, with few images."""
 
 from __future__ import annotations
 
+import tarfile
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tests.helpers.ilsvrc import (  # noqa: F401
     val_name,
     val_tar,
     words,
+    write_2010,
 )
 
 ORDER = sorted(WNIDS)
@@ -239,3 +241,50 @@ def test_titles_from_a_list_of_words(tmp_path, listed):
     listing = listed(tmp_path / "train", "train")
     named = dict(zip(listing.classes, listing.titles, strict=True))
     assert named == {first: "tench", second: "gold\\x1bfish, Carassius", "n99999999": "n99999999"}
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_the_parts_of_2010_get_their_classes_from_its_kit_and_ground_truth(
+    unpacked, kit, tmp_path, listed
+):
+    """The oracle reads the numbers as the kit's readme says: images by name, 1-based IDs."""
+    folder = write_2010(tmp_path / "d")
+    wnids = WNIDS[:4]
+    train_tar(folder, wnids, "ILSVRC2010_images_train")
+    kit_archive(folder, kit)  # that of 2012 beside it, with other numbers of other images
+    wanted = {"val": TRUTH[:3], "test": TRUTH[3:9]}
+    for part, numbers in wanted.items():
+        source = folder / f"ILSVRC2010_images_{part}.tar"
+        if unpacked:
+            with tarfile.open(source) as tar:
+                tar.extractall(folder, filter="data")
+            source = folder / part
+        listing = listed(source, part, classes=ORDER)
+        assert [name.rpartition("/")[2] for name in listing.names] == [
+            f"ILSVRC2010_{part}_{number + 1:08d}.JPEG" for number in range(len(numbers))
+        ]
+        found = [listing.classes[label] for label in listing.rows["label"]]
+        assert found == [WNIDS[number - 1] for number in numbers]
+        assert listing.titles == tuple(map(words, ORDER))
+        assert listing.rejected == 0
+    train = listed(folder, "train")
+    assert (train.classes, train.rejected) == (tuple(sorted(wnids)), 0)
+    assert train.titles == tuple(map(words, train.classes))
+    assert any("patch_images.tar is not applied" in note for note in train.notes)
+    # The folder of all that was downloaded is a source of the other parts, too.
+    for part, numbers in wanted.items():
+        assert len(listed(folder, part, classes=ORDER)) == len(numbers)
+
+
+def test_labels_of_2010_can_be_given(tmp_path, listed):
+    folder = write_2010(tmp_path / "d")
+    test = folder / "ILSVRC2010_images_test.tar"
+    elsewhere = test.rename(tmp_path / test.name)
+    with pytest.raises(UsageError, match=r"^test set .* has no ground truth in or beside it; give"):
+        listed(elsewhere, "test", classes=ORDER)
+    truth = folder / "ILSVRC2010_test_ground_truth.txt"
+    for given in (truth, folder):
+        assert len(listed(elsewhere, "test", classes=ORDER, labels=str(given))) == 6
+    kit = folder / "ILSVRC2010_devkit-1.0.tar.gz"
+    with pytest.raises(UsageError, match=r"devkit.* name none of the images .*ILSVRC2010_val_0000"):
+        listed(elsewhere, "test", classes=ORDER, labels=str(kit))

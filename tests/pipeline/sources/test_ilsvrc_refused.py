@@ -10,7 +10,16 @@ import pytest
 from scipy.io import savemat
 
 from pipeline.tools.errors import UsageError
-from tests.helpers.ilsvrc import WNIDS, devkit, kit_archive, scans, train_tar, val_folder, val_tar  # noqa: F401 - fixtures
+from tests.helpers.ilsvrc import (  # noqa: F401 - fixtures
+    WNIDS,
+    devkit,
+    kit_archive,
+    scans,
+    train_tar,
+    val_folder,
+    val_tar,
+    write_2010,
+)
 
 
 def test_labels_of_other_images_are_refused(tmp_path, listed):
@@ -22,7 +31,7 @@ def test_labels_of_other_images_are_refused(tmp_path, listed):
 def test_without_ground_truth_it_says_what_to_give(tmp_path, listed):
     for source in (val_tar(tmp_path), val_folder(tmp_path / "val")):
         with pytest.raises(
-            UsageError, match=r"no ground truth .* give --val-labels FILE: ILSVRC20"
+            UsageError, match=r"no ground truth .* give --val-labels FILE .*: ILSVRC20"
         ):
             listed(source)
 
@@ -122,3 +131,46 @@ def test_a_download_without_the_split_says_so(tmp_path, listed):
     train_tar(tmp_path / "d", WNIDS[:2])
     with pytest.raises(UsageError, match=r"has no val: it holds ILSVRC2012_img_train\.tar"):
         listed(tmp_path / "d")
+
+
+def test_a_ground_truth_with_fewer_lines_than_images(tmp_path, listed):
+    folder = write_2010(tmp_path, test_lines=5)
+    with pytest.raises(
+        UsageError,
+        match=r"test_ground_truth\.txt have 5 lines, and \S*test_00000006\.JPEG is image 6 of .*; "
+        "give the whole file",
+    ):
+        listed(folder, "test", classes=sorted(WNIDS))
+    kit = folder / "ILSVRC2010_devkit-1.0.tar.gz"
+    kit.rename(folder / "hidden")
+    with pytest.raises(UsageError, match=r"are numbers of classes, and no development kit lies"):
+        listed(folder, "test", classes=sorted(WNIDS))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1\n2\n1001\n", r"test_ground_truth\.txt says 1001, which is no ILSVRC2010_ID"),
+        ("1\n\n2\n", "which is no ILSVRC2010_ID"),
+        ("1\n0\n", "says 0, which is no ILSVRC2010_ID"),
+        ("1\nn01440764\n", "says .*n01440764"),
+        ("\n", "are empty"),
+        ("\xff\n", r"says .*\\xc3"),
+    ],
+)
+def test_a_damaged_ground_truth_of_the_test_images(text, message, tmp_path, listed):
+    folder = write_2010(tmp_path)
+    (folder / "ILSVRC2010_test_ground_truth.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=message) as caught:
+        listed(folder, "test", classes=sorted(WNIDS))
+    assert str(caught.value).isprintable()
+
+
+def test_the_kit_of_another_year_says_nothing_about_a_ground_truth(kit, tmp_path, listed):
+    folder = write_2010(tmp_path)
+    (folder / "data").mkdir()
+    (folder / "data/meta.mat").write_bytes(kit["data/meta.mat"])
+    truth = folder / "ILSVRC2010_test_ground_truth.txt"
+    moved = truth.rename(folder / "data" / truth.name)
+    with pytest.raises(UsageError, match=r"data is the kit of 2012, not of 2010"):
+        listed(folder, "test", classes=sorted(WNIDS), labels=str(moved))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.io import loadmat, savemat
 
 from pipeline.sources import imagenet
-from pipeline.sources.imagenet import LIMIT, read_structs
+from pipeline.sources.matlab import LIMIT, read_structs
 from pipeline.tools.processes import Crash, call_isolated
 
 
