@@ -5,8 +5,9 @@
 
 One process with both columns, on the newest complete checkpoint unless another is named. Views as
 in the paper (section 4.1): the centre crop, or the mean over four corners, centre and their mirror
-images. Writes RUN/evaluation-1.json or RUN/evaluation-10.json and, for
-`cluster.experiments.ensemble`, RUN/probabilities-1.safetensors or RUN/probabilities-10.safetensors.
+images. Writes RUN/evaluation-1.json or RUN/evaluation-10.json, of another split than val
+RUN/evaluation-SPLIT-1.json or -10, and, for `cluster.experiments.ensemble`,
+RUN/probabilities-1.safetensors or RUN/probabilities-10.safetensors.
 
 A submission is the text file that ILSVRC's server takes (the readme of its development kits): a
 line for each image in the order of the file names, with the numbers of the five most probable
@@ -50,6 +51,7 @@ from pipeline.dataset.segments import Segments
 from pipeline.remote.dataset import choose_versions, locate_dataset
 from pipeline.sources.imagenet import parse_image_name, read_class_numbers
 from pipeline.sources.paths import base_name
+from pipeline.stream.config import Mean, Triple
 from pipeline.tools.arguments import parse_options
 from pipeline.tools.errors import UsageError, run
 from pipeline.tools.files import atomic_write, ensure_writable
@@ -84,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
         f"step {result['step']} ({result['chosen']})"
     )
     if "top1_error" in result:
-        path = options.run / f"evaluation-{options.views}.json"
+        path = evaluation_path(options)
         with atomic_write(path) as file:
             file.write((json.dumps(result) + "\n").encode())
         out.write(
@@ -101,8 +103,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def evaluation_path(options: EvaluateOptions) -> Path:
+    """Return the file with the errors; those of validation are what reports and tables read."""
+    split = "" if options.split == "val" else f"{options.split}-"
+    return options.run / f"evaluation-{split}{options.views}.json"
+
+
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Return what goes into evaluation-<views>.json; errors are fractions.
+    """Return what goes into the file of `evaluation_path`; errors are fractions.
 
     Of images without labels it has no errors. The submission is written, if there is to be one.
 
@@ -124,21 +132,15 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         numbers = find_numbers(options.class_list, found.classes)
         predictions = Predictions(numbers, samples)
     data_sha256 = identity(folder)
+    mean: Mean | Triple = config.mean
     if data_sha256 not in (trained_on, *(one.version for one in read_segments(options.run))):
-        text = f"{options.data} is not the data set of the training; its own mean is subtracted"
-        print_warning(Warned(text))
-    if fit_images(config, manifest.side, options.data).design != config.design:
-        raise UsageError(
-            f"the network of {options.run} reads images of {config.design.image_size} pixels, "
-            f"and {options.data} holds others; name the data set of the training"
-        )
-    if options.views == 10 and manifest.side == config.design.image_size:
-        raise UsageError(f"ten views of {options.data} would all be the same; use --views 1")
+        mean = _choose_mean(config, found, options.data)
+    _check_size(options, config, manifest)
     device = choose_device(options.device)
     prepare_device(device, cpu_count())
     net = AlexNet(classes=_count_classes(found, manifest, options), design=config.design).to(device)
     load_checkpoint(found.path, net)
-    stream = _open_stream(options, config, device, choose_versions(options.run, folder))
+    stream = _open_stream(options, config, device, choose_versions(options.run, folder), mean)
     about = ProbabilityInfo(
         views=options.views,
         split=options.split,
@@ -170,8 +172,35 @@ def _name_choice(options: EvaluateOptions) -> str:
     return "best" if options.best else "newest" if options.checkpoint is None else "named"
 
 
+def _choose_mean(config: Config, found: Checkpoint, data: str) -> Mean | Triple:
+    """Return the mean to subtract from images of another data set than the training's; tell it."""
+    mean: Mean | Triple = config.mean
+    if mean == "channel" and (known := found.table.get("channel_mean")):
+        red, green, blue = known
+        mean = red, green, blue
+    whose = "its own mean" if isinstance(mean, str) else "the mean of the training"
+    text = f"{data} is not the data set of the training; {whose} is subtracted"
+    print_warning(Warned(text))
+    return mean
+
+
+def _check_size(options: EvaluateOptions, config: Config, manifest: Manifest) -> None:
+    """Refuse images of another size than the network's, and ten views that are one."""
+    if fit_images(config, manifest.side, options.data).design != config.design:
+        raise UsageError(
+            f"the network of {options.run} reads images of {config.design.image_size} pixels, "
+            f"and {options.data} holds others; name the data set of the training"
+        )
+    if options.views == 10 and manifest.side == config.design.image_size:
+        raise UsageError(f"ten views of {options.data} would all be the same; use --views 1")
+
+
 def _open_stream(
-    options: EvaluateOptions, config: Config, device: torch.device, version: str | Segments
+    options: EvaluateOptions,
+    config: Config,
+    device: torch.device,
+    version: str | Segments,
+    mean: Mean | Triple,
 ) -> Stream:
     crop: Literal["center", "whole"] = "center" if options.views == 1 else "whole"
     return Stream(
@@ -182,7 +211,7 @@ def _open_stream(
         device="gpu" if device.type == "cuda" else "cpu",
         crop=crop,
         size=config.design.image_size,
-        mean=config.mean,
+        mean=mean,
         once=True,
         quarantine=options.run / QUARANTINE,
         strict=config.strict,

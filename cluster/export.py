@@ -24,8 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint, read_table
-from cluster.checkpoint.storage import open_storage
+from cluster.checkpoint.format import Checkpoint, choose_checkpoint, load_checkpoint
 from cluster.cli.options import ExportOptions
 from cluster.config import Config, read_run_config
 from cluster.run.console import print_warning
@@ -56,13 +55,12 @@ def main(argv: list[str] | None = None) -> int:
     found = choose_checkpoint(
         options.run, config.store, print_warning, options.checkpoint, options.best
     )
-    table = read_table(open_storage(options.run, config.store), found.name)
     tensors = merge_columns(config, found)
-    tensors["mean"] = read_mean(options, config, table.get("channel_mean"), trained_on)
+    tensors["mean"] = read_mean(options, config, found.table.get("channel_mean"), trained_on)
     out = options.out or options.run / "weights.safetensors"
     try:
         with atomic_write(out) as file:
-            file.write(save(tensors, metadata=describe_checkpoint(config, found, table)))
+            file.write(save(tensors, metadata=describe_checkpoint(config, found)))
     except OSError as error:
         reason = error.strerror or error
         raise UsageError(f"cannot write {out}: {reason}; name another file by --out") from error
@@ -126,7 +124,7 @@ def read_mean(
     return torch.from_numpy(crop_mean_image(statistics, (side, side)))
 
 
-def describe_checkpoint(config: Config, found: Checkpoint, table: dict[str, Any]) -> dict[str, str]:
+def describe_checkpoint(config: Config, found: Checkpoint) -> dict[str, str]:
     """Return the header of the file; all values are JSON except the first two."""
     return {
         "format": "pt",
@@ -141,8 +139,10 @@ def describe_checkpoint(config: Config, found: Checkpoint, table: dict[str, Any]
         "first": json.dumps(list_image_steps(config.design.rows()[0])),
         "image_size": json.dumps(config.design.image_size),
         "dropout": json.dumps("folded: what reads an output with dropout has halved weights"),
-        "config": json.dumps(table["config"]),
-        "checkpoint_sha256": json.dumps({k: v["sha256"] for k, v in table["files"].items()}),
+        "config": json.dumps(found.table["config"]),
+        "checkpoint_sha256": json.dumps(
+            {name: facts["sha256"] for name, facts in found.table["files"].items()}
+        ),
     }
 
 

@@ -64,6 +64,8 @@ class Checkpoint:
     name: str = ""
     run: str = ""
     """Name of the run that made it; "" in older ones."""
+    table: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    """Content of its checkpoint.json."""
     holder: object = field(default=None, repr=False, compare=False)
     """Object that keeps a temporary `path` from being removed."""
 
@@ -245,6 +247,7 @@ def verify_checkpoint(storage: CheckpointStorage, name: str) -> Checkpoint:
         error=table.get("top1_error"),
         name=name,
         run=table.get("run", ""),
+        table=table,
         holder=holder,
     )
 

@@ -109,7 +109,7 @@ class EvaluateOptions(CheckpointOptions):
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "runs/dexp --best --views 10",
-        "runs/dexp --data data/test --split train --submission test.txt --class-list KIT",
+        "runs/a --split test --submission out.txt --class-list kit.tgz",
     )
 
     data: str = ""

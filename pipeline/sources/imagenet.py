@@ -207,7 +207,7 @@ class ImageNumber(NamedTuple):
     part: str
     """val or test."""
     number: int
-    """From 1."""
+    """Number of the image, from 1."""
 
 
 def parse_image_name(name: str) -> ImageNumber | None:

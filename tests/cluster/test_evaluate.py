@@ -307,6 +307,32 @@ def test_a_data_set_with_other_classes_is_refused(trained, tiny_data, tmp_path, 
         main([str(trained), "--data", str(tiny_data), "--split", "test"])
 
 
+def test_another_split_of_another_data_set(
+    trained, with_image, tiny_data, image_folder, tmp_path, capsys
+):
+    """The images of validation as the test split of a set with another mean: the same errors."""
+    other = tmp_path / "other"
+    packed(other, train=image_folder / "val", test=image_folder / "val")
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    for views in ("1", "10"):
+        assert main([str(run), "--data", str(tiny_data), "--views", views]) == 0
+        before = (run / f"evaluation-{views}.json").read_bytes()
+        capsys.readouterr()
+        words = ["--data", str(other), "--split", "test", "--views", views]
+        assert main([str(run), *words]) == 0
+        printed = capsys.readouterr()
+        path = run / f"evaluation-test-{views}.json"
+        assert f"-> {path}\n" in printed.out
+        assert f"{other} is not the data set of the training; the mean of the" in printed.err
+        found, wanted = json.loads(path.read_text()), json.loads(before)
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
+        assert found["classes"] == wanted["classes"]
+        assert (run / f"evaluation-{views}.json").read_bytes() == before
+    run = Path(shutil.copytree(with_image, tmp_path / "picture"))
+    assert main([str(run), "--data", str(other), "--split", "test"]) == 0
+    assert "its own mean is subtracted" in capsys.readouterr().err
+
+
 def write_class_list(folder: Path, classes: tuple[str, ...]) -> Path:
     path = folder / "classes.txt"
     path.write_text("".join(f"{name}\n" for name in classes))
@@ -356,7 +382,8 @@ def test_a_submission_has_a_line_an_image_in_the_order_of_the_names(
     net = AlexNet(classes=4, width=CONFIG.design.width).eval()
     load_checkpoint(run / "checkpoints" / "step-00000004", net)
     rows = {}
-    with Stream(data, batch_size=1, crop="center", once=True, threads=1) as stream:
+    mean = tuple(Statistics.load(read_address(trained)).channel_mean)
+    with Stream(data, batch_size=1, crop="center", once=True, threads=1, mean=mean) as stream:
         for batch in stream:
             with torch.no_grad():
                 rows[batch.names[0]] = torch.softmax(net(batch.images), 1)[0].numpy()

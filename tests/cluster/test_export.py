@@ -170,7 +170,7 @@ def test_the_file_is_a_plain_state_dict_with_a_header(run, tmp_path):
     }
 
 
-def test_the_best_or_any_one_can_be_had(run, capsys):
+def test_the_best_or_any_one_can_be_had(run, tmp_path, capsys):
     rows = [json.loads(line) for line in (run / "validation.jsonl").read_text().splitlines()]
     best = min(rows, key=lambda row: (row["top1_error"], -row["step"]))["step"]
     for words, step in ((["--best"], best), (["--checkpoint", "4"], 4)):
@@ -178,6 +178,11 @@ def test_the_best_or_any_one_can_be_had(run, capsys):
         assert json.loads(capsys.readouterr().out)["step"] == step
     with pytest.raises(UsageError, match=r"no checkpoint of step 5; there are 6, 4, 2"):
         main([str(run), "--checkpoint", "5"])
+    moved = Path(shutil.copytree(run, tmp_path / "run"))
+    name = "step-00000004"
+    elsewhere = (moved / "checkpoints" / name).rename(tmp_path / name)
+    assert main([str(moved), "--checkpoint", str(elsewhere)]) == 0
+    assert "step 4: " in capsys.readouterr().out
 
 
 def test_a_mean_image_comes_from_the_data_set_of_the_training(tiny_data, tmp_path):

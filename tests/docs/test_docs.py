@@ -220,6 +220,7 @@ def test_commands_are_marked_in_the_architecture():
 
 
 QUOTED = {
+    "data.md": ["lines, and", "; give the whole file"],
     "cluster.md": [
         "of them on one node each time",
         "is not on node",

@@ -74,6 +74,12 @@ def test_a_second_run_is_refused_and_the_first_goes_on(command, store, tmp_path)
         command("second")
     with pytest.raises(UsageError, match=rf"of run {name}, not of second-0123"):
         choose_checkpoint(second, store, pytest.fail)  # nor may it be evaluated as the second's
+    one = f"{store}/checkpoints/step-00000002"
+    assert choose_checkpoint(first, "", pytest.fail, one).mark.step == 2
+    with pytest.raises(
+        UsageError, match=rf"{store}/checkpoints holds .* of run {name}, not of second-0123 in"
+    ):
+        choose_checkpoint(second, "", pytest.fail, one)
     assert command("first", "--steps", "4") == 0
     assert saved_by(store, first) == (name, 4)
 

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.io import loadmat, savemat
 
-from pipeline.sources import imagenet
+from pipeline.sources import matlab
 from pipeline.sources.matlab import LIMIT, read_structs
 from pipeline.tools.processes import Crash, call_isolated
 
@@ -42,7 +42,7 @@ rows = st.lists(st.tuples(numbers, texts, st.just(np.arange(3))), min_size=1, ma
 @given(rows, st.booleans())
 def test_reads_what_scipy_writes(found, compressed):
     # In this process: SciPy's own files do not crash its reader, and a process each takes longer.
-    assert imagenet._parse_structs(saved(found, compressed), "found") == [
+    assert matlab._parse_structs(saved(found, compressed), "found") == [
         {"id": float(number), "text": text, "list": None} for number, text, _ in found
     ]
 
@@ -114,7 +114,7 @@ def test_a_reader_that_crashes_or_hangs_costs_only_its_process(monkeypatch):
     monkeypatch.setattr("scipy.io.loadmat", lambda *_, **__: os.abort())
     with pytest.raises(ValueError, match=r"its reader crashed \(SIGABRT\)"):
         read_structs(data, "found")
-    monkeypatch.setattr(imagenet, "MAT_SECONDS", 1)
+    monkeypatch.setattr(matlab, "MAT_SECONDS", 1)
     monkeypatch.setattr("scipy.io.loadmat", lambda *_, **__: sum(iter(int, 1)))
     with pytest.raises(ValueError, match=r"its reader crashed \(SIGXCPU\)"):
         read_structs(data, "found")
@@ -145,7 +145,7 @@ def test_damage_ends_in_an_error_or_in_structs(damages):
             data[at % len(data)] = value
         files.append(bytes(data[:stop]))
     try:
-        results = call_isolated(lambda: [imagenet._load_structs(data, "found") for data in files])
+        results = call_isolated(lambda: [matlab._load_structs(data, "found") for data in files])
     except Crash:
         results = [read_alone(data) for data in files]
     # The format has no checksum: a damaged count may be larger, but each struct takes some bytes.
