@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             refuse_relative(name, path, missing=True)
     read_run_config(options.run / CONFIG)
     ensure_writable(options.run, "run folder")
+    if options.submission is not None:
+        ensure_writable(options.submission.parent, "folder of the submission")
     result = evaluate(options)
     out = sys.stderr if options.json else sys.stdout
     views = "centre view" if options.views == 1 else "ten views"

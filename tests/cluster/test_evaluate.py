@@ -432,6 +432,7 @@ def test_what_no_submission_can_be_made_of_is_refused(trained, image_folder, tmp
     void, gap = tmp_path / "void.txt", tmp_path / "gap.txt"
     void.write_text("\n")
     gap.write_text("a\n\nb\n")
+    listed = ["--class-list", str(whole)]
     for command, message in (
         (words, "has no classes to count errors by; give --submission FILE --class-list FILE"),
         (submit, "needs the numbers of the classes; give --class-list FILE: ILSVRC's development"),
@@ -443,7 +444,11 @@ def test_what_no_submission_can_be_made_of_is_refused(trained, image_folder, tmp
         ([*submit, "--class-list", str(void)], "is empty; give a class a line"),
         ([*submit, "--class-list", str(gap)], "has an empty line 2; give a class a line"),
         ([*submit, "--class-list", str(whole), "--save-probabilities"], "has no classes, which"),
-        ([*words, "--submission", f"{out}/x", "--class-list", str(whole)], "name another --subm"),
+        (
+            [*words, "--submission", f"{out}/x", *listed],
+            "folder of the submission .*; name another",
+        ),
+        ([*words, "--submission", str(tmp_path), *listed], "cannot write .*; name another --subm"),
     ):
         out.unlink(missing_ok=True)
         if f"{out}/x" in command:
