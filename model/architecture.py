@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 import tyro
 
 from model.layer_table import (
+    ACTIVATIONS,
     CONV6,
     LAYERS,
     POOLS,
@@ -188,6 +189,11 @@ class Design:
         second = self.layer_norms.get("conv2", "lrn")
         if self.spatial_norm and second != "lrn":
             raise ValueError(f"spatial_norm goes with norm = 'lrn'; conv2's norm is {second!r}")
+        if double := [row.name for row in self.rows() if row.then.count("batch_norm") > 1]:
+            raise ValueError(
+                f"layers: {double[0]}: then has batch_norm, and so has the setting norm or "
+                "norm_layers; give one of them"
+            )
         if self.lrn_across and self.columns == 1:
             raise ValueError("lrn_across is True; that goes with columns = 2")
 
@@ -339,7 +345,8 @@ class Design:
         then = list(layer.then)
         norm = self.layer_norms.get(layer.name, "none")
         if norm != "none" and "norm" not in then:  # behind the activation, as in the paper
-            then.insert(1, "norm")
+            places = [place for place, one in enumerate(then) if one in ACTIVATIONS]
+            then.insert(places[-1] + 1 if places else 0, "norm")
         if not self.relu_first and "pool" in then and layer.name != "conv2":
             then = [*then[1:], then[0]]
         if "norm" in then:
@@ -347,12 +354,13 @@ class Design:
             then[index : index + 1] = NORMS[norm]
             if self.spatial_norm and layer.name == "conv2":
                 then.insert(index + 1, "spatial_norm")
-        if "scale" in then and "pool" in then:  # the same after the pooling, of fewer numbers
-            then.remove("scale")
-            then.insert(then.index("pool") + 1, "scale")
         if not self.dropout and "dropout" in then:
             then.remove("dropout")
         then = [self.activation if operation == "relu" else operation for operation in then]
+        if "scale" in then and "pool" in then:
+            index, pooling = then.index("scale"), then.index("pool")
+            if index < pooling and set(then[index + 1 : pooling]) <= {"relu"}:
+                then.insert(pooling, then.pop(index))  # the same after it, of fewer numbers
         return replace(layer, then=tuple(then))
 
 
@@ -402,6 +410,11 @@ def build_stages(classes: int = 1000, design: Design | None = None) -> tuple[Sta
         outputs = -(-classes // design.columns)
         if layer.maps is not None:
             outputs = round(layer.maps * design.width)
+        if layer.shrink > design.image_size:
+            raise ValueError(
+                f"layers: {layer.name}: shrink is {layer.shrink}, and the image is "
+                f"{design.image_size}x{design.image_size}; take smaller squares"
+            )
         maps, size = IMAGE_MAPS, design.image_size // layer.shrink
         if source >= 0:
             maps, size = stages[source].outputs, stages[source].final_size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
@@ -21,7 +20,7 @@ OPERATIONS = (*ACTIVATIONS, *MAP_OPERATIONS, "dropout")
 """Operations that may follow a layer's weights."""
 MOST_LAYERS = 100
 LARGEST_NUMBER = 100_000
-"""Largest whole number in a row of a file."""
+"""Largest number in a row of a file."""
 NAME = re.compile("[a-z]+_?[0-9]+[a-z]?")
 """Names that a file may give to its layers; modules of torch have none such but `RESERVED`."""
 RESERVED = ("bfloat16",)
@@ -230,6 +229,7 @@ def _check_row(row: Layer, is_last: bool) -> None:
         require("kind", row.kind == "fc", "must be 'fc' in the last row, which gives the logits")
         require("maps", row.maps is None, "is left out in the last row: it has the classes")
         require("then", not row.then, "is left out in the last row, which gives the logits")
+        require("adds", not row.adds, "is left out in the last row, as long as the classes")
     else:
         require("maps", row.maps is not None, "is given in all rows but the last")
         require("maps", 1 <= (row.maps or 0) <= LARGEST_NUMBER, f"is from 1 to {LARGEST_NUMBER}")
@@ -249,9 +249,11 @@ def _check_row(row: Layer, is_last: bool) -> None:
     require("shrink", row.shrink == 1 if is_plain else row.shrink >= 1, "goes with the picture")
     require("edge", row.edge == 0 or (not is_plain and row.pad == 0 and row.shrink == 1),
             "goes with the picture, pad = 0 and shrink = 1")  # fmt: skip
-    require("edge", row.edge >= 0, "is from 0 up")
-    require("deviation", 0 <= row.deviation < math.inf, "is a number from 0 up")
-    require("bias", math.isfinite(row.bias), "must be finite")
+    if row.kind != "fc":
+        require("edge", 0 <= row.edge < row.kernel, "is from 0 up, and below kernel")
+    most = LARGEST_NUMBER
+    require("deviation", 0 <= row.deviation <= most, f"is a number from 0 to {most}")
+    require("bias", -most <= row.bias <= most, f"is a number from -{most} to {most}")
     _check_operations(row, require)
 
 
@@ -287,7 +289,7 @@ def _check_sources(rows: Sequence[Layer], index: int, places: Mapping[str, int])
         )
     for field, names in (("input", (row.input,)), ("adds", row.adds)):
         for name in names:
-            if name and name not in places:
+            if (name or field == "adds") and name not in places:
                 raise ValueError(
                     f"layers: {row.name}: {field} is {name!r:.40}; the layers before it are "
                     f"{', '.join(one.name for one in rows[:index])}"

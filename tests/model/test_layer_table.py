@@ -215,6 +215,14 @@ WRONG = {
     "local5: reads is 'both'; it is 'own' in a local layer": changed("local5", reads="both"),
     "local5: pad is 0; it is 1, for the size to stay": changed("local5", pad=0),
     "conv2: edge is 2; it goes with the picture, pad = 0": changed("conv2", edge=2),
+    "conv1: edge is 7; it is from 0 up, and below kernel": changed("conv1", edge=7),
+    "low1: shrink is 225, and the image is 224x224; take smaller": changed("low1", shrink=225),
+    f"conv1: bias is 1{'0' * 39}": changed("conv1", bias=10**400),
+    "conv1: bias is -1e+39; it is a number from -100000 to 100000": changed("conv1", bias=-1e39),
+    "conv1: bias is nan; it is a number": changed("conv1", bias=float("nan")),
+    "conv1: deviation is 1e+39; it is a number from 0 to 100000": changed("conv1", deviation=1e39),
+    "conv4: adds is ''; the layers before it are conv1": changed("conv4", adds=[""]),
+    "fc7: adds is ['fc6']; it is left out in the last row, as long": changed("fc7", adds=["fc6"]),
     "conv2: shrink is 2; it goes with the picture": changed("conv2", shrink=2),
     'conv2: pool is \'2/3\'; it takes "SIDE/STRIDE"': changed("conv2", pool="2/3"),
     "conv3: pool is '2/2'; it goes with pool or mean_pool in then": changed("conv3", pool="2/2"),
@@ -276,6 +284,26 @@ def test_settings_of_norm_activation_and_dropout_reach_the_rows() -> None:
     assert design(TOUR, norm="batch").has_batch_norm
     assert design(changed("conv2", then=["batch_norm", "mean_pool"])).has_batch_norm
     assert not design(TOUR, lrn_across=True).is_cut_by_columns
+    with pytest.raises(ValueError, match="layers: conv1: then has batch_norm, and so has the"):
+        design(changed("conv1", then=["batch_norm", "norm"]), norm="batch")
+
+
+@pytest.mark.parametrize(
+    ("then", "settings", "wanted"),
+    [
+        (["scale", "relu", "pool"], {}, ("relu", "pool", "scale")),
+        (["scale", "sigmoid", "pool"], {}, ("scale", "sigmoid", "pool")),
+        (["scale", "relu", "pool"], {"activation": "tanh"}, ("scale", "tanh", "pool")),
+        (["pool", "sigmoid", "scale"], {}, ("pool", "sigmoid", "scale")),
+        (["pool", "relu", "dropout"], {"norm_layers": ["conv1=lcn"]},
+         ("pool", "relu", "lcn", "dropout")),
+        (["pool", "dropout"], {"norm_layers": ["conv1=lrn"]}, ("norm", "pool", "dropout")),
+    ],
+)  # fmt: skip
+def test_an_operation_moves_only_past_those_that_give_the_same_behind_it(
+    then: list[str], settings: dict[str, Any], wanted: tuple[str, ...]
+) -> None:
+    assert design(changed("conv1", then=then), **settings).rows()[0].then == wanted
 
 
 def test_names_in_a_table_are_no_names_that_a_module_has() -> None:
@@ -289,7 +317,7 @@ def test_names_in_a_table_are_no_names_that_a_module_has() -> None:
 values = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 12), st.floats(), st.text(max_size=3),
     st.sampled_from(["conv", "fc", "local", "own", "both", "picture", "conv1", "conv3", "3/2"]),
-    st.lists(st.sampled_from(["relu", "pool", "norm", "dropout", "conv1", "fc5"]), max_size=3),
+    st.lists(st.sampled_from(["relu", "pool", "norm", "dropout", "conv1", "fc5", ""]), max_size=3),
 )  # fmt: skip
 
 
