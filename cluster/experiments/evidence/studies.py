@@ -178,9 +178,9 @@ def _show_goals(table: Mapping[str, Any]) -> Iterator[Comparison]:
                 verdict = f"more than {one['above']:.1f} times {first['variant']}"
             else:
                 verdict = "no verdict"
-            at = "" if one["at"] is None else f", {one['at']:g}"
+            at = "" if one["at"] is None else f", {one['at']}"
             yield Comparison(
-                what=f"{one['variant']}{at}: images to {part['goal']:.0%} training error",
+                what=f"{one['variant']}{at}: images to {100 * part['goal']:g}% training error",
                 paper="" if part is table["goals"][-1] else "no number",
                 ours=_format_mean("pictures", known if is_whole else None),
                 seeds=f"{one['came_to_it']} of {one['n']} seeds ({', '.join(each)})",
@@ -191,7 +191,7 @@ def _show_goals(table: Mapping[str, Any]) -> Iterator[Comparison]:
 def _show_variants(table: Mapping[str, Any]) -> Iterator[Comparison]:
     """Yield a row for each variant of a study."""
     measure = str(table.get("measure") or table["rows"][0]["measure"])
-    goal = f"{table['goal']:.0%} training error" if table.get("goal") else "the goal"
+    goal = f"{100 * table['goal']:g}% training error" if table.get("goal") else "the goal"
     number = {
         "pictures": f"images to {goal}",
         "error": "top-1 validation error",

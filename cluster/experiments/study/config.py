@@ -14,6 +14,7 @@ sizes       networks in an ensemble, for `nets`
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -206,7 +207,7 @@ def _parse_study(name: str, table: dict[str, Any]) -> Study:
             "goals": goals,
             "seeds": _parse_numbers(table, "seeds"),
             "sizes": _parse_numbers(table, "sizes") if table["measure"] == "nets" else (),
-            "window": int(table["window"]),
+            "window": _parse_window(table["window"]),
             "settings": _parse_settings("settings", table["settings"]),
             "grid": grid,
             "subsets": subsets,
@@ -269,7 +270,10 @@ def _parse_settings(where: str, table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parse_values(key: str, values: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(_parse_settings("grid", {key: value})[key] for value in values)
+    found = tuple(_parse_settings("grid", {key: value})[key] for value in values)
+    if any(value in found[:index] for index, value in enumerate(found)):
+        raise ValueError(f"[grid] {key} is {list(values)!r:.200}; give each value once")
+    return found
 
 
 def _parse_grid(table: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]]:
@@ -278,6 +282,8 @@ def _parse_grid(table: Mapping[str, Any]) -> tuple[str, tuple[Any, ...]]:
     if len(table) > 1:
         raise ValueError(f"[grid] has {', '.join(table)}; give one setting")
     ((key, values),) = table.items()
+    if key == "seed":
+        raise ValueError("[grid] has seed; give seeds, which no grid chooses from")
     if not isinstance(values, list) or len(values) < 2:
         raise ValueError(f"[grid] {key} is {values!r}; it takes a list of two values or more")
     return key, _parse_values(key, values)
@@ -310,6 +316,12 @@ def _parse_goals(value: object) -> tuple[float, ...]:
     if any(one <= after for one, after in pairwise(goals)):
         raise ValueError(f"goal is {value!r}; each must be below the one before it")
     return tuple(map(float, goals))
+
+
+def _parse_window(value: float) -> int:
+    if not 0 <= value < math.inf or value != int(value):
+        raise ValueError(f"window is {value!r:.40}; it takes a number of images, 0 for one pass")
+    return int(value)
 
 
 def _parse_numbers(table: Mapping[str, Any], key: str) -> tuple[int, ...]:

@@ -107,7 +107,7 @@ def _draw_goals(
         axes.axhline(table["goal"], color="0.4", linewidth=0.9, linestyle=(0, (2, 3)))
         factors = [f"{one['variant']} {text}" for one in table["variants"][1:]
                    if (text := format_factor(one))]  # fmt: skip
-        text = f"{table['goal']:.0%}: {', '.join(factors) or 'no factor'}"
+        text = f"{100 * table['goal']:g}%: {', '.join(factors) or 'no factor'}"
         axes.text(1.01, table["goal"], text, transform=axes.get_yaxis_transform(), fontsize=7,
                   ha="left", va="center", color="0.25")  # fmt: skip
 

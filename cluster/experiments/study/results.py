@@ -383,7 +383,7 @@ def _format_goals(study: Study, found: dict[str, Any]) -> list[str]:
             ]
             mean = "not by all" if one["mean"] is None else f"{one['mean']:,.0f}"
             lines.append(
-                f"| {table['goal']:.0%} | `{one['variant']}` |{_format_best(study, one)} "
+                f"| {100 * table['goal']:g}% | `{one['variant']}` |{_format_best(study, one)} "
                 f"{mean} ({', '.join(each)}) | {format_factor(one)} | {one['img_s']:,.0f} |"
             )
     if not grid:
@@ -392,7 +392,7 @@ def _format_goals(study: Study, found: dict[str, Any]) -> list[str]:
     lines += [
         "", f"Images to each goal with each {grid}, seed {study.seeds[0]}; a run ends when another "
         "value has been faster at every goal that it has left:", "",
-        f"| variant | {grid} | {' | '.join(f'{goal:.0%}' for goal in goals)} | images seen |",
+        f"| variant | {grid} | {' | '.join(f'{100 * goal:g}%' for goal in goals)} | images seen |",
         "|---" * (3 + len(goals)) + "|",
     ]  # fmt: skip
     tried = [row for row in (*found["rows"], *found["grid"]) if row["seed"] == study.seeds[0]]

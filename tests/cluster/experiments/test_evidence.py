@@ -268,6 +268,14 @@ def test_a_study_with_goals_has_its_factor_at_each(tmp_path):
     assert page.items[0].weight == 0
 
 
+def test_a_goal_has_its_decimals_and_a_grid_may_be_of_words(tmp_path):
+    one = {"variant": "relu", "at": "lcn", "n": 1, "came_to_it": 1, "each": [100],
+           "against_first": None, "factors": None, "above": None}  # fmt: skip
+    page = make_page([study(tmp_path / "norms", goals=[{"goal": 0.125, "variants": [one]}])])
+    (row,) = rows(page, "study-figure1")
+    assert row.what == "relu, lcn: images to 12.5% training error"
+
+
 def test_what_says_something_comes_first(three):
     page = make_page(three)
     weights = [item.weight for item in page.items]
