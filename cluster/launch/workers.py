@@ -95,7 +95,12 @@ class Workers:
         self._folders = ExitStack()
 
     def place(self, placement: Placement) -> None:
-        """Hold the seats of a placement: those of nodes where nothing changes, and new ones."""
+        """Hold the seats of a placement: those of nodes where nothing changes, and new ones.
+
+        A Ray Train of spares that has ended takes along its own workers, not those of its node.
+        """
+        spares = [number for number, one in self._trainers.items() if one.has_spares]
+        self._end_trainers([n for n in spares if has_ended(self._trainers[n].handle)])
         held = self._find_lasting(placement)
         self._end_trainers([n for n, one in self._trainers.items() if one.node not in held])
         gpus = {"GPU": float(placement.gpus)} if placement.gpus else {}
@@ -114,7 +119,8 @@ class Workers:
         held = defaultdict[str, list[_Seat]](list)
         for node, seat in zip(before.nodes, self._seats, strict=True):
             held[node].append(seat)
-        broken = {one.node for one in self._trainers.values() if has_ended(one.handle)}
+        own = [one for one in self._trainers.values() if not one.has_spares]
+        broken = {one.node for one in own if has_ended(one.handle)}
         return {
             node: seats
             for node, seats in held.items()
@@ -238,13 +244,14 @@ class Workers:
         if not ended:
             return
         end_trainers({number: one.handle for number, one in ended.items()})
-        sitting = [seat.worker for seat in self._seats if seat.worker]
-        self._idle, idle = [], self._idle
-        for worker in [*idle, *sitting]:
-            if worker.trainer in ended:
-                self._end(worker)
-            elif worker in idle:
-                self._idle.append(worker)
+        gone = [worker for worker in self._idle if worker.trainer in ended]
+        self._idle = [worker for worker in self._idle if worker.trainer not in ended]
+        for seat in self._seats:
+            if seat.worker and seat.worker.trainer in ended:
+                gone.append(seat.worker)
+                seat.worker = None
+        for worker in gone:
+            self._end(worker)
 
     def _register(self, new: Registration) -> None:
         """Note a worker that is ready; the one that it replaces is dead."""

@@ -40,7 +40,9 @@ class FakeWorkers(Workers):
     def _begin(self, node: str, size: int, resources: Any, *, has_spares: bool = False) -> int:
         self.log.append(f"start {node * size}")
         self._count += 1
-        self._trainers[self._count] = _Trainer(node, node, has_spares)
+        self._trainers[self._count] = _Trainer(
+            node, f"{node} spares" if has_spares else node, has_spares
+        )
         return self._count
 
     def _end(self, worker: Registration) -> None:
@@ -178,6 +180,27 @@ def test_the_workers_of_a_ray_train_that_has_ended_are_started_anew(make, monkey
     monkeypatch.setattr(workers, "has_ended", lambda trainer: trainer == "n")
     crew.place(place("mn"))
     assert crew.take() == ["start m", "start n", "start n"]
+
+
+def test_spares_whose_ray_train_has_ended_leave_the_workers_of_their_node(make, monkeypatch):
+    """They were ended too, and with them the state of the last step in their memory."""
+    crew = make(2)
+    crew.place(place("mm"))
+    assert crew.ready((1, 0, 10), (1, 1, 11))
+    crew.tend_spares(60.0)
+    crew.drop(1)
+    assert crew.ready((2, 0, 20), (2, 1, 21))
+    assert crew.seated() == [10, 20]
+    crew.take()
+    ended = ["m spares"]
+    monkeypatch.setattr(workers, "has_ended", lambda trainer: trainer in ended)
+    crew.place(place("mm"))
+    assert crew.take() == ["end 21", "end 20"]
+    assert crew.seated() == [10, 0]
+    crew.tend_spares(60.0)
+    assert crew.take() == ["start mm"]
+    assert crew.ready((1, 1, 12))
+    assert crew.seated() == [10, 12]
 
 
 def test_a_ray_train_that_ends_while_its_workers_are_awaited_is_replaced(make, monkeypatch):
