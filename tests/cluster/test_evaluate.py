@@ -7,6 +7,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from cluster.checkpoint.format import load_checkpoint
 from cluster.config import Config
-from cluster.evaluate import AnswerCounts, main
+from cluster.evaluate import AnswerCounts, Predictions, main
 from cluster.experiments.ensemble import main as ensemble
 from cluster.mesh import ProcessMesh
 from cluster.report.page import main as report
@@ -416,6 +417,17 @@ def test_a_submission_counts_as_the_servers_routine_does(trained, tiny_data, tmp
     wrong = sum(answer[0] != right for answer, right in zip(guesses, truth, strict=True))
     written = json.loads((run / "evaluation-10.json").read_text())
     assert written["top1_error"] == pytest.approx(wrong / 20)
+
+
+def test_lines_of_images_without_numbers_are_in_the_order_of_their_names(tmp_path):
+    names = ["b/2.jpg", "a/3.jpg", "c/1.jpg", ""]
+    weights = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    batch = SimpleNamespace(ids=torch.arange(4), names=names, weights=weights)
+    found = Predictions(torch.tensor([10, 20, 30]), 3)
+    rows = [[0.5, 0.3, 0.2], [0.2, 0.5, 0.3], [0.3, 0.2, 0.5], [0.0, 0.0, 0.0]]
+    found.add(batch, torch.tensor(rows))
+    found.save(tmp_path / "out.txt")
+    assert read_guesses(tmp_path / "out.txt") == [[30, 10, 20], [10, 20, 30], [20, 30, 10]]
 
 
 def test_what_no_submission_can_be_made_of_is_refused(trained, image_folder, tmp_path):

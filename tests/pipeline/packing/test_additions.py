@@ -268,7 +268,10 @@ def test_the_rest_of_a_source_that_was_damaged_is_packed_when_it_is_mended(tmp_p
 
 @pytest.mark.parametrize(("split", "count"), [("val", 16 + 12), ("test", 12)])
 def test_images_go_to_the_split_that_is_named(split, count, data, sources):
+    left = data / f"{split}-000999.tar"
+    left.write_bytes(b"of a version that was not sealed")
     manifest = add(data, sources / "two", split=split)
+    assert not left.exists()
     assert manifest.splits[split].samples == count
     assert manifest.stats_sha256 == Manifest.load(data / "versions/000001").stats_sha256
     assert verify(data) == []

@@ -420,16 +420,22 @@ def test_a_test_source_is_another_plan_than_one_of_validation(image_folder, tmp_
     plans = [
         make_plan(replace(options, **settings), tmp_path / str(number))
         for number, settings in enumerate(
-            ({"val": other}, {"test": other}, {"test": other, "holdout": 0.5})
+            (
+                {"val": other},
+                {"test": other},
+                {"test": other, "holdout": 0.5},
+                {"val": other, "test": other},
+            )
         )
     ]
-    assert len({plan.fingerprint for plan in plans}) == 3
+    assert len({plan.fingerprint for plan in plans}) == 4
     assert [list(plan.orders) for plan in plans] == [
-        ["train", "val"], ["train", "test"], ["train", "val", "test"],
+        ["train", "val"], ["train", "test"], ["train", "val", "test"], ["train", "val", "test"],
     ]  # fmt: skip
-    rows = np.sort(np.concatenate([*plans[2].orders.values()]))
-    assert rows.tolist() == [*range(68)], "each image is in one split"
-    assert np.flatnonzero(~plans[2].held_out).tolist() == sorted(plans[2].orders["train"])
+    for plan, images in zip(plans, (68, 68, 68, 88), strict=True):
+        rows = np.sort(np.concatenate([*plan.orders.values()]))
+        assert rows.tolist() == [*range(images)], "each image is in one split"
+        assert np.flatnonzero(~plan.held_out).tolist() == sorted(plan.orders["train"])
 
 
 @pytest.mark.parametrize(
