@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +16,13 @@ from pathlib import Path
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
 from pipeline.tools.errors import summarize_error
 from pipeline.tools.text import human_bytes
-from pipeline.tools.units import cpu_count, free_memory, read_memory_left
+from pipeline.tools.units import (
+    cpu_count,
+    free_memory,
+    query_smi,
+    read_memory_left,
+    select_rows,
+)
 
 BFLOAT16 = (8, 0)
 """First compute capability with bfloat16 arithmetic."""
@@ -66,8 +71,8 @@ def gather_gpus() -> list[Gpu]:
         return []
     count = torch.cuda.device_count()
     built = [name.rpartition("_")[2] for name in torch.cuda.get_arch_list()]
-    mig = _query_smi("--query-gpu=uuid,mig.mode.current")
-    users = _query_smi("--query-compute-apps=gpu_uuid,pid,process_name")
+    mig = query_smi("--query-gpu=uuid,mig.mode.current")
+    users = query_smi("--query-compute-apps=gpu_uuid,pid,process_name")
     gpus = []
     for index in range(count):
         free, total = torch.cuda.mem_get_info(index)
@@ -88,28 +93,6 @@ def gather_gpus() -> list[Gpu]:
             )
         )
     return gpus
-
-
-def _query_smi(query: str) -> list[list[str]]:
-    """Return the rows of nvidia-smi's answer; none without that program."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_smi(done.stdout)
-
-
-def parse_smi(text: str) -> list[list[str]]:
-    """Parse nvidia-smi's CSV into rows of cells."""
-    return [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line]
-
-
-def select_rows(rows: list[list[str]], uuid: str) -> list[list[str]]:
-    """Return the rows of one GPU, without its uuid; torch's uuids lack the prefix `GPU-`."""
-    return [row[1:] for row in rows if uuid and row[0].removeprefix("GPU-") == uuid]
 
 
 def list_users(rows: list[list[str]], uuid: str) -> tuple[str, ...]:

@@ -36,6 +36,8 @@ NAMES = {
 """Name of each part of a step."""
 SHARED = {"cpu": ("on CPUs both share the cores: the job gets neither of the two rates in full",)}
 """Lines about the rates of network and stream alone, by device."""
+METERS = {"gpu": "the driver's power reading", "cpu": "the CPU's counter"}
+"""Source of the energy of an image, by device."""
 
 
 def measure_with_ray(
@@ -91,6 +93,12 @@ def format_measurement(found: Mapping[str, Any]) -> list[str]:
     for name, seconds in split_step(found).items():
         if seconds / wall >= 0.0005:
             lines.append(f"  {name:<32}{seconds * 1e3:>10,.1f} ms {seconds / wall:>7.1%}")
+    device = found["report"]["setting"]["device"]
+    if found["watts"] is not None:
+        lines.append(
+            f"energy of an image: {found['joules_per_image']:.3g} J ({found['watts']:,.0f} W at "
+            f"{found['img_s']:,.0f} img/s, by {METERS[device]})"
+        )
     low, high = found["spread"]
     turns = f"turns {low:.1%} to {high:.1%}"
     ready, stream = found["replayed_img_s"], found["stream_img_s"]
@@ -101,7 +109,7 @@ def format_measurement(found: Mapping[str, Any]) -> list[str]:
             f"{found['au']:.1%} ({turns}), stall {found['stall']:.1%}",
             f"the job's stream alone: {stream:,.0f} img/s, "
             f"{stream / ready:.1f} times what the network takes",
-            *SHARED.get(found["report"]["setting"]["device"], ()),
+            *SHARED.get(device, ()),
             found["report"]["verdict"],
         ]
     else:

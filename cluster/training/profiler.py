@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -37,6 +38,8 @@ from pipeline.throughput import hardware
 from pipeline.throughput.clock import CpuLoad, Rate, StageRow, make_row
 from pipeline.throughput.diagnosis import examine
 from pipeline.throughput.stages import Setting
+from pipeline.tools.files import read_text
+from pipeline.tools.units import find_watts, query_smi, read_cpu_energy
 
 WARM_UP = 5
 """Warm-up steps before the first measurement."""
@@ -50,6 +53,10 @@ KEPT = 3
 """Number of batches that are replayed."""
 AGREE = 0.2
 """Largest difference between the utilizations of turns, 0..1, that allow a verdict."""
+LAG = 1.0
+"""Seconds of a turn before its first power reading: drivers may tell the mean of a second."""
+EVERY = 0.5
+"""Seconds between power readings; each starts nvidia-smi, which takes part of a core."""
 PARTS = ("compute", "exchange", "reduce", *WAITS)
 """Parts of a step's wall time; the rest is bookkeeping."""
 
@@ -80,6 +87,10 @@ class Headspace:
     """Bytes a second of the exchange alone; 0 without a pair."""
     others: float
     """Fraction of the machine that other programs used meanwhile, 0..1."""
+    watts: float | None
+    """Mean power of the worker's device over the real steps; None without a reading."""
+    meter: str
+    """Id of the power meter: a GPU's uuid, or the boot id of the host, whose workers share it."""
 
 
 def measure(config: Config, data: str, mesh: ProcessMesh, tell: Tell) -> None:
@@ -122,8 +133,10 @@ def _measure_headspace(t: Training, segments: Segments, scratch: Path) -> Headsp
     each = max(t.mesh.gather(wall))  # so that all processes make the same number of steps
     count = max(FEWEST, round(SECONDS / TURNS / each))
     real, replayed, load = list[LoopTiming](), list[LoopTiming](), CpuLoad()
+    meter, name = create_meter(t.mesh.device)
     for _ in range(TURNS):
-        real.append(steps.make(t.feed, count))
+        with meter:
+            real.append(steps.make(t.feed, count))
         steps.make(ready, 1)
         replayed.append(steps.make(ready, count))
         for _ in range(KEPT):  # batches prefetched meanwhile cost nothing
@@ -136,7 +149,7 @@ def _measure_headspace(t: Training, segments: Segments, scratch: Path) -> Headsp
         real=_average_timings(real), replayed=_average_timings(replayed),
         ratios=tuple(fast.wall / slow.wall for fast, slow in zip(replayed, real, strict=True)),
         alone_img_s=_measure_stream(t, count), exchange_bytes=sent, exchange_rate=rate,
-        others=others,
+        others=others, watts=meter.watts, meter=name,
     )  # fmt: skip
 
 
@@ -164,6 +177,76 @@ class _Steps:
         rows = self.rows[before:]
         parts = {name: fmean(row[name] for row in rows) for name in PARTS}
         return LoopTiming(steps=count, wall=wall, parts=parts)
+
+
+class GpuMeter:
+    """Reads a GPU's power in a thread during the turns that it is entered for."""
+
+    def __init__(self, read: Callable[[], float | None]) -> None:
+        self._read, self._found = read, list[float]()
+
+    def __enter__(self) -> None:
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        pause = LAG
+        while not self._ended.wait(pause):
+            watts, pause = self._read(), EVERY
+            if watts is None or self._ended.is_set():
+                return
+            self._found.append(watts)
+
+    @property
+    def watts(self) -> float | None:
+        """Mean of the readings; None without one."""
+        return fmean(self._found) if self._found else None
+
+
+class CpuMeter:
+    """Reads the energy counters of the CPU packages around the turns that it is entered for."""
+
+    def __init__(self, read: Callable[[], list[tuple[int, int]]] = read_cpu_energy) -> None:
+        self._read, self._joules, self._seconds = read, 0.0, 0.0
+
+    def __enter__(self) -> None:
+        self._before, self._start = self._read(), time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        seconds, after = time.perf_counter() - self._start, self._read()
+        if after and len(after) == len(self._before):
+            pairs = zip(self._before, after, strict=True)
+            self._joules += sum((new - old) % top for (old, top), (new, _) in pairs) / 1e6
+            self._seconds += seconds
+
+    @property
+    def watts(self) -> float | None:
+        """Joules over seconds of all turns; None without counters."""
+        return self._joules / self._seconds if self._seconds else None
+
+
+def create_meter(device: torch.device) -> tuple[GpuMeter | CpuMeter, str]:
+    """Return the power meter of a device, and the name of what it reads."""
+    if device.type != "cuda":
+        return CpuMeter(), read_text(Path("/proc/sys/kernel/random/boot_id")).strip()
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    return GpuMeter(lambda: find_watts(query_smi("--query-gpu=uuid,power.draw"), uuid)), uuid
+
+
+def sum_power(everybody: Sequence[Headspace]) -> float | None:
+    """Return the watts of a job; None where a worker's device has no reading.
+
+    What several workers read, a shared GPU or the CPUs of their host, counts once.
+    """
+    if any(one.watts is None for one in everybody):
+        return None
+    by_meter = {one.meter: one.watts for one in everybody}
+    return sum(watts for watts in by_meter.values() if watts is not None)
 
 
 class _NoCheckpoints:
@@ -251,6 +334,7 @@ def _build_result(
     steady, needed = au[-1] - au[0] <= AGREE, replayed / mesh.world_size
     table = examine(setting, needed if steady else None, extra=extra).to_table()
     table["needed"] = needed
+    img_s, watts = config.batch_size / slowest.real.wall, sum_power(everybody)
     if mesh.world_size > 1:
         table["verdict"] = f"One worker of {mesh.world_size}, alone: {table['verdict']}"
     return {
@@ -259,7 +343,8 @@ def _build_result(
         "step": {"wall": slowest.real.wall, "parts": slowest.real.parts,
                  "accounted": sum(slowest.real.parts.values()) / slowest.real.wall},
         "replayed": {"wall": slowest.replayed.wall, "parts": slowest.replayed.parts},
-        "img_s": config.batch_size / slowest.real.wall, "replayed_img_s": replayed,
+        "img_s": img_s, "replayed_img_s": replayed,
+        "watts": watts, "joules_per_image": None if watts is None else watts / img_s,
         "stream_img_s": min(one.alone_img_s for one in everybody),
         "au": min(1.0, au_median), "stall": max(0.0, 1 - au_median),
         "spread": (au[0], au[-1]), "steady": steady,

@@ -18,6 +18,7 @@ from cluster.doctor.software import Software
 from cluster.launch import gpus
 from cluster.launch.placement import estimate_memory
 from model.norm import response
+from pipeline.tools.units import parse_smi, select_rows
 from tests.helpers.training_processes import REPOSITORY
 
 RANGES = software.read_ranges(REPOSITORY / "pyproject.toml")
@@ -206,10 +207,10 @@ def test_no_gpus_are_no_matter_where_none_are_wanted():
 
 def test_what_nvidia_smi_says_is_read():
     apps = f"GPU-ab, 123, python\nGPU-ab, {os.getpid()}, python\nGPU-cd, 7, /usr/bin/x\n\n"
-    assert hardware.list_users(hardware.parse_smi(apps), "ab") == ("123 python",)
-    assert hardware.list_users(hardware.parse_smi(apps), "") == ()
-    modes = hardware.parse_smi("GPU-ab, Enabled\nGPU-cd, [N/A]\n")
-    assert hardware.select_rows(modes, "ab") == [["Enabled"]]
+    assert hardware.list_users(parse_smi(apps), "ab") == ("123 python",)
+    assert hardware.list_users(parse_smi(apps), "") == ()
+    modes = parse_smi("GPU-ab, Enabled\nGPU-cd, [N/A]\n")
+    assert select_rows(modes, "ab") == [["Enabled"]]
 
 
 def test_a_gpu_that_torch_was_not_built_for_is_told():

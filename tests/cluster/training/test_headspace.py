@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +37,11 @@ def shorten(put) -> None:
     examine = profiler.examine
     put(profiler, "examine", lambda *a, **k: examine(*a, seconds=0.05, **k))
     put(stream_rate, "measure_raw", raise_no_room)
+    put(profiler, "create_meter", lambda _: (SteadyMeter(), "host"))
+
+
+class SteadyMeter(nullcontext):
+    watts = 50.0
 
 
 def raise_no_room(*_):
@@ -73,6 +80,7 @@ def test_the_parts_of_a_step_add_up_and_a_slow_disk_is_found(tiny_data, monkeypa
         assert found["step"]["accounted"] == pytest.approx(1, abs=0.03)
         assert sum(split_step(found).values()) == pytest.approx(found["step"]["wall"], rel=0.03)
         assert found["replayed"]["parts"]["wait_storage"] == 0
+        assert found["joules_per_image"] == pytest.approx(50 / found["img_s"])
         json.dumps(found)  # travels, and is written
     assert late["step"]["parts"]["wait_storage"] > 0.5 * late["step"]["wall"]
     assert late["stall"] > 0.5
@@ -92,6 +100,7 @@ def test_rates_are_told_for_the_job_or_a_worker_and_wild_turns_give_no_verdict()
         "step": {"wall": 0.2, "parts": dict.fromkeys(profiler.PARTS, 0.03), "accounted": 0.9},
         "replayed": {"parts": {"compute": 0.03}}, "au": 0.87, "stall": 0.13,
         "spread": (0.85, 0.88), "steady": True, "others": 0.0,
+        "watts": None, "joules_per_image": None,
         "report": {"verdict": "One worker of 2, alone: X", "setting": {"device": "cpu"}},
     }  # fmt: skip
     text = format_measurement(found)
@@ -99,10 +108,67 @@ def test_rates_are_told_for_the_job_or_a_worker_and_wild_turns_give_no_verdict()
     assert "the job on batches that lie ready: 302 img/s" in "\n".join(text)
     assert "the job's stream alone: 2,077 img/s, 6.9 times" in "\n".join(text)
     assert text[-1] == "One worker of 2, alone: X"
+    assert "energy" not in "\n".join(text)
+    for device, source in (("cpu", "the CPU's counter"), ("gpu", "the driver's power reading")):
+        report = {"verdict": "X", "setting": {"device": device}}
+        power = {"watts": 522.0, "joules_per_image": 2.0, "report": report}
+        line = f"energy of an image: 2 J (522 W at 261 img/s, by {source})"
+        assert line in format_measurement(found | power)
     wild = "\n".join(format_measurement(found | {"spread": (0.78, 2.56), "steady": False}))
     assert "no verdict: steps on batches that lie ready took 78% to 256%" in wild
     for word in ("utilisation", "stall", "times what", "One worker"):
         assert word not in wild
+
+
+def test_a_gpus_power_is_the_mean_of_the_readings_within_turns(monkeypatch):
+    started, answers = threading.Event(), iter([300.0, 500.0, None])
+    short = profiler.GpuMeter(lambda: 300.0)
+    with short:  # a reading would be of the second before the turn
+        pass
+    assert short.watts is None
+    monkeypatch.setattr(profiler, "LAG", 0)
+    monkeypatch.setattr(profiler, "EVERY", 0)
+
+    def read() -> float | None:
+        watts = next(answers, 900.0)
+        if watts in (None, 900.0):
+            started.set()
+        if watts == 900.0:
+            time.sleep(0.05)  # ends after the turn
+        return watts
+
+    meter = profiler.GpuMeter(read)
+    for _ in range(2):
+        started.clear()
+        with meter:
+            assert started.wait(10)
+    assert meter.watts == 400.0
+
+
+def test_the_cpus_power_is_the_counters_joules_over_the_seconds_of_turns(monkeypatch):
+    clock = iter([0.0, 2.0, 10.0, 12.0, 20.0, 99.0])
+    monkeypatch.setattr(profiler, "time", SimpleNamespace(perf_counter=clock.__next__))
+    top = 10**9
+    readings = iter([
+        [(0, top), (5, top)], [(60_000_000, top), (40_000_005, top)],  # 100 J in 2 s
+        [(top - 10**8, top), (0, top)], [(10**8, top), (0, top)],  # one starts again: 200 J in 2 s
+        [(0, top), (0, top)], [],  # not counted
+    ])  # fmt: skip
+    meter = profiler.CpuMeter(readings.__next__)
+    assert meter.watts is None
+    for _ in range(3):
+        with meter:
+            pass
+    assert meter.watts == 75.0
+
+
+def test_a_jobs_power_counts_a_meter_once_and_none_if_one_is_missing():
+    def sum_of(*workers):
+        return profiler.sum_power([SimpleNamespace(watts=w, meter=m) for w, m in workers])
+
+    assert sum_of((300.0, "GPU a"), (200.0, "GPU b")) == 500.0
+    assert sum_of((80.0, "host"), (80.0, "host"), (70.0, "other")) == 150.0
+    assert sum_of((300.0, "GPU a"), (None, "GPU b")) is None
 
 
 def run_rank(rank: int, folder: Path, data: Path) -> None:
@@ -122,6 +188,7 @@ def test_a_pair_measures_its_exchange(tiny_data, tmp_path):
     run_ranks(run_rank, (tmp_path, tiny_data), 2)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["workers"] == len(found["each"]) == 2
+    assert found["watts"] == 50.0  # of the host that both are on
     assert found["each"][0]["exchange_bytes"] > 0
     row = next(one for one in found["report"]["stages"] if one["name"] == "pair exchange")
     assert row["img_s"] > 0
