@@ -160,7 +160,7 @@ def test_every_script_is_in_the_table_once():
 
 
 def test_a_benchmark_that_breaks_is_a_row_and_its_last_results_stay(tmp_path, monkeypatch, capsys):
-    found = {"step": results(duet=[100.0, 101, 102]), "norms": None}
+    found = {"step": results(duet=[100.0, 101, 102]), "pair": None}
 
     def run_script(name: str, words: list[str], timeout: float) -> harness_run.Outcome:
         if found[name] is None:
@@ -168,14 +168,14 @@ def test_a_benchmark_that_breaks_is_a_row_and_its_last_results_stay(tmp_path, mo
         return harness_run.Outcome(1.0, found[name], ["torchvision: no torchvision"])
 
     monkeypatch.setattr(harness_run, "run_script", run_script)
-    options = harness_run.RunOptions(names=("step", "norms"), out=tmp_path, quick=True)
-    (tmp_path / "norms-quick.json").write_text("last")
+    options = harness_run.RunOptions(names=("step", "pair"), out=tmp_path, quick=True)
+    (tmp_path / "pair-quick.json").write_text("last")
     assert harness_run.run_all(options) == 1
     said = capsys.readouterr().out
     assert "no results: error: out of memory" in said
     assert "torchvision: no torchvision" in said
     assert "no earlier results to compare with" in said
-    assert (tmp_path / "norms-quick.json").read_text() == "last"
+    assert (tmp_path / "pair-quick.json").read_text() == "last"
     found["step"] = results(duet=[80.0, 81, 82], other=[1.0] * 3)
     harness_run.run_all(options)
     said = capsys.readouterr().out

@@ -183,6 +183,6 @@ def test_blocks_without_a_language_are_no_commands(block: Block):
 
 def test_blocks_are_found():
     assert len(BLOCKS) > 30
-    assert {block.language for block in BLOCKS} == {"bash", "python", ""}
+    assert {block.language for block in BLOCKS} == {"bash", "python", "toml", ""}
     fences = sum(page.read_text("utf-8").count("\n```") for page in PAGES)
     assert fences == 2 * len(BLOCKS)

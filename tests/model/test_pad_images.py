@@ -146,7 +146,7 @@ def test_the_convolution_reads_zeros_right_and_below(size: int, edge: int) -> No
     assert float(((narrow - wanted).norm() / wanted.norm()).detach()) < 0.01
 
 
-@pytest.mark.parametrize("layer", [ImageConv(3, 8, 11, 4, 3), ShrunkConv(3, 8, 5, 2, 8)])
+@pytest.mark.parametrize("layer", [ImageConv(3, 8, 11, 4, 3), ShrunkConv(3, 8, 5, 1, 2, 8)])
 def test_images_of_half_precision_are_read_as_they_come(layer: ImageConv | ShrunkConv) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         images = drawn(2, 3, 64, 64).to(dtype)

@@ -255,7 +255,7 @@ def test_an_older_version_is_measured(data, more_data, tmp_path, monkeypatch, ca
 
 
 def test_dalis_reader_reads_no_store():
-    with pytest.raises(UsageError, match="native reads local folders only, not s3://"):
+    with pytest.raises(UsageError, match="native reads local shards only, not s3://"):
         measure_rate(Setting(data="s3://bucket/set"), reader="native", windows=1, batches=1)
 
 
