@@ -45,7 +45,7 @@ from pipeline.packing.foreign_shards import (
     idx_name,
 )
 from pipeline.packing.shards import copy_file
-from pipeline.remote.filesystem import is_remote, is_web, join_name, local_path, temporary_space
+from pipeline.remote.filesystem import is_remote, is_web, local_path, temporary_space
 from pipeline.remote.target import FolderTarget, Target, is_finished, open_target
 from pipeline.sources.listing import Reject, summarize_rejects
 from pipeline.sources.names import is_archive
@@ -180,7 +180,12 @@ def _list_files(config: IndexConfig) -> list[str]:
             f"{_name_folder(config)}: a web server has no list of its files; name the shards, such "
             "as --train 'train-{000000..000146}.tar'"
         )
-    return masks
+    if odd := [mask for mask in masks if not is_plain_name(mask)]:
+        raise UsageError(
+            f"{odd[0]} is no name of a file in {_name_folder(config)}: shards lie in one folder; "
+            "give its address as DIR"
+        )
+    return list(dict.fromkeys(masks))
 
 
 def _find_shards(config: IndexConfig, names: list[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -234,17 +239,20 @@ def _examine_shards(
     folder = config.folder if remote else str(local_path(config.folder))
     jobs = [
         ExamineJob(
-            address=join_name(folder, name),
+            folder=folder,
+            name=name,
             is_training=split == "train",
             classes=classes,
             config=config,
             scratch=scratch,
-            idx=join_name(folder, idx_name(name)) if idx_name(name) in there else None,
+            has_idx=idx_name(name) in there,
         )
         for split, names in splits.items()
         for name in names
     ]
-    total = len(jobs) if remote else sum(Path(job.address).stat().st_size for job in jobs) >> 20
+    total = len(jobs)
+    if not remote:
+        total = sum((Path(folder) / job.name).stat().st_size for job in jobs) >> 20
     results, sums, bad = [], SquareSums(), 0
     with Progress("examining", total=total, unit="shards" if remote else "MiB") as progress:
         for one in map_in_order(examine_shard, jobs, config.workers):

@@ -19,7 +19,7 @@ from pathlib import Path
 from pipeline.dataset.manifest import Manifest
 from pipeline.options import WithdrawOptions
 from pipeline.packing.build import disk_errors_in_one_line
-from pipeline.packing.revision import Parent
+from pipeline.packing.revision import Ids, Parent
 from pipeline.packing.withdrawal import Withdrawal, find_class, find_samples, withdraw
 from pipeline.remote.target import Target, is_finished, open_target
 from pipeline.tools.arguments import parse_options
@@ -58,15 +58,17 @@ def run_withdrawal(
             raise UsageError(f"{target.address} holds no data set; name one that duet verify takes")
         with target.reserve(extends=True), target.scratch() as scratch:
             parent = Parent(target, scratch)
-            gone = {}
+            gone, keys = dict[str, Ids](), list[str]()
             if options.keys is not None:
-                gone = find_samples(parent, _read_keys(options.keys))
+                keys = _read_keys(options.keys)  # once: it may be a pipe
+                gone = find_samples(parent, keys)
             elif options.class_name is not None:
                 gone = find_class(parent, options.class_name)
             elif not parent.withdrawn:
                 raise UsageError(f"nothing was withdrawn from {target.address}; give --keys FILE")
             with nullcontext(pool) if pool else LocalPool(options.workers) as workers:
-                return withdraw(parent, gone, workers, scratch, purge=options.purge)
+                done = withdraw(parent, gone, workers, scratch, purge=options.purge)
+                return done._replace(names=len(set(keys)))
 
 
 def _read_keys(path: Path) -> list[str]:
@@ -102,8 +104,9 @@ def _describe(options: WithdrawOptions, done: Withdrawal) -> Iterator[str]:
     """Yield what was withdrawn, and what was purged."""
     counts = done.manifest.change.get("withdrawn_from", {})
     if options.keys is not None or options.class_name is not None:
-        names = len(set(_read_keys(options.keys))) if options.keys is not None else 0
-        what = f"{names:,} name{'s' * (names != 1)}" if names else f"class {options.class_name}"
+        what = f"class {options.class_name}"
+        if done.names:
+            what = f"{done.names:,} name{'s' * (done.names != 1)}"
         found = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         splits = done.manifest.splits.items()
         left = ", ".join(f"{split.samples:,} {name}" for name, split in splits)

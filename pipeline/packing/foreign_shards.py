@@ -40,9 +40,9 @@ from pipeline.dataset.shards import find_idx_fault, format_idx
 from pipeline.dataset.tar import TarFault, escape, read_members
 from pipeline.options import IndexConfig
 from pipeline.packing.resize import resample
-from pipeline.remote.filesystem import StoreError, is_remote, temporary_space
+from pipeline.remote.filesystem import StoreError, is_remote, join_name, temporary_space
 from pipeline.sources.names import TAR
-from pipeline.sources.paths import base_name, open_file
+from pipeline.sources.paths import open_file
 from pipeline.tools.files import HashedFile
 
 BLOCK = 1 << 22
@@ -64,8 +64,9 @@ class BadSample(NamedTuple):
 class ExamineJob(NamedTuple):
     """One shard to examine."""
 
-    address: str
-    """Its path, or its address in a store."""
+    folder: str
+    """Folder of the shard, or its address in a store."""
+    name: str
     is_training: bool
     """True if the pixels of its images count in the statistics."""
     classes: Classes | None
@@ -74,8 +75,8 @@ class ExamineJob(NamedTuple):
     scratch: Path
     """Local folder that gets its `.idx`, and the shard itself while it is examined if it is of a
     store."""
-    idx: str | None = None
-    """Path or address of the `.idx` that lies beside it already."""
+    has_idx: bool = False
+    """True if its `.idx` lies beside it already."""
 
 
 @dataclass
@@ -136,7 +137,7 @@ def examine_shard(job: ExamineJob) -> ExaminedShard:
         StoreError: the store does not give the shard.
         SetupError: the disk of `job.scratch` has no room for it.
     """
-    found = ExaminedShard(base_name(job.address))
+    found = ExaminedShard(job.name)
     if not found.name.endswith(TAR):
         reason = "by its name no plain tar, which ends in .tar; unpack or rename it"
         found.bad.append(BadSample(found.name, "", reason))
@@ -148,10 +149,10 @@ def examine_shard(job: ExamineJob) -> ExaminedShard:
                 raise file.error
             found.sha256 = file.sha256 or ""
             good = list(_examine_samples(file, job, found))
-        if job.idx is None:
-            (job.scratch / idx_name(found.name)).write_bytes(format_idx(good))
+        if job.has_idx:
+            _compare_idx(job.folder, good, found)
         else:
-            _compare_idx(job.idx, good, found)
+            (job.scratch / idx_name(found.name)).write_bytes(format_idx(good))
     except StoreError:  # no fault of the shard: another try may find it whole
         raise
     except (TarFault, OSError) as error:
@@ -166,14 +167,15 @@ def examine_shard(job: ExamineJob) -> ExaminedShard:
 @contextmanager
 def _local_copy(job: ExamineJob) -> Iterator[Path]:
     """Yield the path of a shard; one of a store is on this machine's disk during the block."""
-    if not is_remote(job.address):
-        yield Path(job.address)
+    address = join_name(job.folder, job.name)
+    if not is_remote(address):
+        yield Path(address)
         return
-    path = job.scratch / base_name(job.address)
+    path = job.scratch / job.name
     try:
         with (
             temporary_space("shards that are examined"),
-            open_file(job.address) as source,
+            open_file(address) as source,
             path.open("wb") as copy,
         ):
             shutil.copyfileobj(source, copy, BLOCK)
@@ -182,12 +184,13 @@ def _local_copy(job: ExamineJob) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
-def _compare_idx(address: str, good: list[Sample], found: ExaminedShard) -> None:
-    with open_file(address) as file:
+def _compare_idx(folder: str, good: list[Sample], found: ExaminedShard) -> None:
+    name = idx_name(found.name)
+    with open_file(join_name(folder, name)) as file:
         content = file.read()
     found.idx_sha256 = hashlib.sha256(content).hexdigest()
     if fault := find_idx_fault(content, found.name, good):
-        found.bad.append(BadSample(base_name(address), "", f"{fault}; move it away"))
+        found.bad.append(BadSample(name, "", f"{fault}; move it away"))
 
 
 def _examine_samples(file: HashedFile, job: ExamineJob, found: ExaminedShard) -> Iterator[Sample]:

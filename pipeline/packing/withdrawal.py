@@ -113,6 +113,8 @@ class Withdrawal(NamedTuple):
     """Number of shards that hold these."""
     rewritten: int = 0
     """Number of shards that were rewritten now."""
+    names: int = 0
+    """Number of distinct names by which samples were withdrawn; 0: by a class, or none were."""
 
 
 def withdraw(

@@ -158,6 +158,7 @@ class Cache:
         path: Path,
         size: int,
         *,
+        name: str,
         beside: int = 0,
         spare: Collection[Path],
         wait: bool,
@@ -171,6 +172,7 @@ class Cache:
         Args:
             path: the file.
             size: its size in bytes.
+            name: what messages call it: of a shard, its name in the data set.
             beside: bytes of other files that are needed sooner, and must fit too.
             spare: files to evict last, or, if `wait` is False, not at all.
             wait: wait until other downloads have ended and their files can be evicted.
@@ -192,11 +194,11 @@ class Cache:
                 progress, since = now, time.monotonic()
             elif time.monotonic() - since > self._timeout:
                 raise UsageError(
-                    f"cache {self.folder} of {self.limit} bytes has no room for {path.name}, which "
-                    f"has {size}; give a larger --cache-size"
+                    f"cache {self.folder} of {self.limit} bytes has no room for {name}, which has "
+                    f"{size}; give a larger --cache-size"
                 )
             if stop.wait(_POLL):
-                raise Stopped(f"waiting for room for {path.name} was stopped")
+                raise Stopped(f"waiting for room for {name} was stopped")
             os.utime(_lock_path(path))  # progress, for those who wait for this process
             has_room = self._make_room(marker, size, beside, spare, wait)
         try:

@@ -432,7 +432,13 @@ class RemoteDataset:
             if not is_mine:
                 return FetchOutcome.BUSY
             with cache.reserve_room(
-                path, shard.bytes, beside=beside, spare=spare, wait=wait, stop=self._stop
+                path,
+                shard.bytes,
+                name=f"shard {shard.name} of {self._store}",
+                beside=beside,
+                spare=spare,
+                wait=wait,
+                stop=self._stop,
             ) as has_room:
                 if has_room:
                     downloaded = self._shards.fetch(

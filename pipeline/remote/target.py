@@ -26,6 +26,8 @@ from pipeline.remote.filesystem import (
     StoreFolder,
     check_address,
     is_remote,
+    is_web,
+    join_name,
     local_path,
     none_if_missing,
     temporary_space,
@@ -248,6 +250,11 @@ class StoreTarget(StoreFolder):
             for one, data in zip(batch, self._request_ranges(batch), strict=True):
                 if isinstance(data, Exception):
                     raise self.missing(one.name) from data
+                if len(data) > one.size and is_web(self.address):
+                    raise UsageError(
+                        f"{self.address}/{one.name}: the web server sends all of it where a part "
+                        "is asked for; copy the shards into a folder and index them there"
+                    )
                 yield data[: one.size]
 
     def list_files(self, folder: str = "") -> set[str]:
@@ -296,7 +303,7 @@ class StoreTarget(StoreFolder):
         def fetch(system: Any, root: str) -> None:
             wanted = [place for place, data in enumerate(found) if _has_failed(data)]
             parts = system.cat_ranges(
-                [f"{root}/{ranges[place].name}" for place in wanted],
+                [join_name(root, ranges[place].name) for place in wanted],
                 [ranges[place].offset for place in wanted],
                 [ranges[place].offset + ranges[place].size for place in wanted],
                 on_error="return",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import fsspec
 import pytest
 import torch
@@ -15,7 +17,7 @@ from pipeline.throughput.__main__ import make_setting
 from pipeline.tools.errors import DamagedFile, UsageError
 from pipeline.verify import check
 from pipeline.withdraw import make_version
-from tests.helpers.build_targets import memory_address  # noqa: F401 - a fixture
+from tests.helpers.build_targets import Here, memory_address  # noqa: F401 - a fixture
 from tests.helpers.foreign_shards import (  # noqa: F401 - fixtures
     copy_of_made,
     index,
@@ -65,6 +67,34 @@ def test_shards_of_a_web_server_are_named_one_by_one(made, tmp_path):
         "train": 3,
         "val": 1,
     }
+
+
+def test_names_on_a_web_server_are_those_of_files(made, tmp_path):
+    """A name may need quotes in an address and be given twice, and is of one folder."""
+    folder, out = tmp_path / "served", tmp_path / "out"
+    folder.mkdir()
+    shutil.copy(made / "in1k-train-00.tar", folder / "train%20%2300.tar")  # as the server sees it
+    with Server(folder) as server:
+        found = index(server.address, out=str(out), train="train #{00,00}.tar", workers=1).manifest
+        assert [shard.name for shard in found.splits["train"].shards] == ["train #00.tar"]
+        with Stream(out, cache=tmp_path / "cache", once=True, **STREAM) as stream:
+            assert len(set(next(stream).ids.tolist())) == 8
+        for name in ("sub/train-00.tar", "../train-00.tar"):
+            with pytest.raises(
+                UsageError, match=f"{name} is no name of a file in {server.address}"
+            ):
+                index(server.address, out=str(tmp_path / "no"), train=name)
+
+
+def test_a_web_server_that_sends_no_parts_is_named(made, tmp_path):
+    """An image is a part of its shard; the shard is not called damaged."""
+    out, keys = tmp_path / "out", tmp_path / "keys"
+    keys.write_text("train/n00003\n")
+    with Server(made) as server:
+        index(server.address, out=str(out), train="in1k-train-{00..02}.tar", workers=1)
+        with pytest.raises(UsageError, match=r"train-0\d.tar: the web server sends all of it"):
+            make_version(WithdrawOptions(data=str(out), keys=keys), pool=Here())
+    assert Manifest.load(out).number == 1
 
 
 def test_a_bucket_is_indexed_where_it_is(made, memory, tmp_path):

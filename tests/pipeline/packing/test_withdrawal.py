@@ -362,6 +362,15 @@ def test_the_command_tells_names_from_samples_and_what_was_purged_before(data, t
     assert json.loads(out.out) | {"new": False, "purged": 3, "rewritten": 0} == json.loads(out.out)
 
 
+def test_names_may_come_from_a_pipe(data, capsys):
+    out, into = os.pipe()
+    os.write(into, b"dog/003.jpg\n")
+    os.close(into)
+    with os.fdopen(out):
+        assert command.main([str(data), "--keys", f"/dev/fd/{out}", "--workers", "1"]) == 0
+    assert "1 name, 1 samples withdrawn (train 1)" in capsys.readouterr().err
+
+
 def test_a_purge_does_not_take_a_damaged_shard_for_a_sound_one(data, tmp_path):
     withdraw(data, "dog/003.jpg", file=tmp_path / "keys")
     (name,) = load_withdrawn(data, Manifest.load(data))

@@ -68,7 +68,8 @@ def test_the_leftovers_of_the_dead_are_removed(server, tiny_data, tmp_path):
     lock = try_lock(folder / "locks" / "train-000003.tar.lock")
     assert lock is not None
     data = remote(server.address, tmp_path, timeout=0.2)
-    with pytest.raises(UsageError, match="no room"):  # it is promised to the one that fetches
+    words = f"has no room for shard train-00000[0-9].tar of {server.address}"
+    with pytest.raises(UsageError, match=words):  # it is promised to the one that fetches
         data.fetch_shard(shards(tiny_data)[0])
     unlock(lock)
     data.fetch_shard(shards(tiny_data)[0])
