@@ -221,7 +221,8 @@ class ReportOptions(Options):
     """Write one page about a run, RUN/report.html, or about several runs side by side."""
 
     EXAMPLES: ClassVar[tuple[str, ...]] = (
-        "runs/dexp --evaluate", "runs/dexp runs/tanh --out both.html",
+        "runs/dexp --evaluate", "runs/dexp --maps conv1 conv3",
+        "runs/dexp runs/tanh --out both.html",
     )  # fmt: skip
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
@@ -234,6 +235,8 @@ class ReportOptions(Options):
     """Choices of images to show with the network's answers."""
     each: int = 6
     """Number of images of each choice."""
+    maps: tuple[str, ...] = ()
+    """Layers of a single run whose feature maps are drawn, of the first image of each choice."""
     evaluate: bool = False
     """First evaluate each run, as duet evaluate RUN --views 10 --save-probabilities does."""
 

@@ -159,18 +159,35 @@ def tile_kernels(kernels: Kernel, across: int = 0) -> Pixels:
     Returns:
         RGBA image, uint8 [height, width, 4], gaps clear.
     """
-    count, side = len(kernels), kernels.shape[-1]
     most = np.abs(kernels).max(axis=(1, 2, 3), keepdims=True)
     shades = np.round(127.5 + 127.5 * kernels / np.maximum(most, 1e-12)).astype(np.uint8)
+    sheet = tile_images(shades.transpose(0, 2, 3, 1), across)
+    return sheet.repeat(KERNEL_SCALE, 0).repeat(KERNEL_SCALE, 1)
+
+
+def tile_images(images: Pixels, across: int = 0) -> Pixels:
+    """Place small images side by side.
+
+    Args:
+        images: uint8 [n, side, side, 3] in R, G, B, or [n, side, side, 1] in grey.
+        across: images in a row; 0: for a sheet of about 4:3.
+
+    Returns:
+        Image with an alpha channel, uint8 [height, width, 4 or 2], whose gaps of `KERNEL_GAP`
+        pixels are clear.
+    """
+    count, side, _, channels = images.shape
     across = across or math.ceil(math.sqrt(count * 4 / 3))
     down = math.ceil(count / across)
     pitch = side + KERNEL_GAP
-    sheet = np.zeros((down * pitch - KERNEL_GAP, across * pitch - KERNEL_GAP, 4), np.uint8)
-    for number, shade in enumerate(shades):
+    sheet = np.zeros(
+        (down * pitch - KERNEL_GAP, across * pitch - KERNEL_GAP, channels + 1), np.uint8
+    )
+    for number, image in enumerate(images):
         top, left = number // across * pitch, number % across * pitch
-        sheet[top : top + side, left : left + side, :3] = shade.transpose(1, 2, 0)
-        sheet[top : top + side, left : left + side, 3] = 255
-    return sheet.repeat(KERNEL_SCALE, 0).repeat(KERNEL_SCALE, 1)
+        sheet[top : top + side, left : left + side, :channels] = image
+        sheet[top : top + side, left : left + side, channels] = 255
+    return sheet
 
 
 def shorten_error(error: Exception) -> str:

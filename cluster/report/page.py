@@ -24,6 +24,7 @@ from cluster.config import read_run_config
 from cluster.report import images, tables
 from cluster.report.comparison import describe_comparison, read_runs
 from cluster.report.curves import draw_curves, draw_updates, list_missing_curves
+from cluster.report.feature_maps import check_layers, draw_feature_maps
 from cluster.report.kernels import compute_noise_limit, describe_first_layer
 from cluster.report.records import Records, read_records
 from cluster.report.settings import describe_settings, format_setting
@@ -44,7 +45,7 @@ T = TypeVar("T")
 
 def write_report(
     run: Path, data: str = "", choices: Sequence[Choice] = CHOICES, each: int = ReportOptions.each,
-    out: Path | None = None,
+    out: Path | None = None, maps: Sequence[str] = (),
 ) -> Path:  # fmt: skip
     """Write the page about a run and return its path.
 
@@ -54,13 +55,18 @@ def write_report(
         choices: rules by which images are shown with the network's answers.
         each: images of each choice.
         out: path of the page; None: RUN/report.html.
+        maps: layers whose feature maps are drawn.
 
     Raises:
-        UsageError: RUN is not the folder of a run, or the page cannot be written.
+        UsageError: RUN is not the folder of a run, a layer has no maps, or the page cannot be
+            written.
     """
     if each < 1:
         raise UsageError(f"--each is {each}; it must be above 0")
-    return write_page(out or run / NAME, render_page(read_records(run), data, choices, each))
+    if maps:
+        check_layers(run, maps)
+    page = render_page(read_records(run), data, choices, each, maps)
+    return write_page(out or run / NAME, page)
 
 
 def write_page(path: Path, page: str) -> Path:
@@ -83,6 +89,7 @@ def render_page(
     data: str = "",
     choices: Sequence[Choice] = CHOICES,
     each: int = ReportOptions.each,
+    maps: Sequence[str] = (),
 ) -> str:
     """Return the page as HTML text; the arguments are those of `write_report`."""
     run, config = records.run, records.config
@@ -97,6 +104,9 @@ def render_page(
         "kernels": _try_figure(lambda: describe_first_layer(found, read_kernels(run / KERNELS)))
         if found is not None
         else (None, no_checkpoint),
+        "maps": _try_figure(lambda: draw_feature_maps(run, data, found, answers, maps))
+        if maps and answers is not None and found is not None
+        else (None, (answers_note or no_checkpoint) if maps else ""),
     }
     has_steps = len(records.metrics) > 0
     tiles = tables.make_error_tiles(records) + tables.make_run_tiles(records)
@@ -203,12 +213,17 @@ def main(argv: list[str] | None = None) -> int:
     options = parse_options(ReportOptions, argv, "python -m cluster.report")
     if not options.runs:
         raise UsageError("no RUN is named; name the --run of a training, or several to compare")
+    if options.maps:
+        if len(options.runs) > 1:
+            raise UsageError("--maps is for a single run; name one RUN")
+        check_layers(options.runs[0], options.maps)  # before an evaluation, which takes minutes
     if options.evaluate:
         evaluate_runs(options)
     if len(options.runs) == 1:
         found = write_report(
-            options.runs[0], options.data, options.answers, options.each, options.out
-        )
+            options.runs[0], options.data, options.answers, options.each, options.out,
+            options.maps,
+        )  # fmt: skip
     else:
         template = load_templates().get_template("comparison.html.j2")
         page = template.render(describe_comparison(read_runs(options.runs)))

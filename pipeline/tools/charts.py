@@ -318,7 +318,8 @@ def encode_image(pixels: npt.NDArray[np.uint8], width: int = 0, quality: int = 0
     """Return an image as a data URI: a JPEG, or a PNG if `quality` is 0.
 
     Args:
-        pixels: uint8 [height, width, 3], or with an alpha channel for a PNG.
+        pixels: uint8 [height, width, 3], or for a PNG with an alpha channel, or [height, width, 2]:
+            grey and alpha.
         width: pixels that it is scaled to; 0: as it is.
         quality: quality of the JPEG, 1..95; 0: a PNG.
     """
