@@ -176,14 +176,19 @@ def _name_choice(options: EvaluateOptions) -> str:
 
 def _choose_mean(config: Config, found: Checkpoint, data: str) -> Mean | Triple:
     """Return the mean to subtract from images of another data set than the training's; tell it."""
-    mean: Mean | Triple = config.mean
-    if mean == "channel" and (known := found.table.get("channel_mean")):
-        red, green, blue = known
-        mean = red, green, blue
+    mean = find_mean(config, found)
     whose = "its own mean" if isinstance(mean, str) else "the mean of the training"
     text = f"{data} is not the data set of the training; {whose} is subtracted"
     print_warning(Warned(text))
     return mean
+
+
+def find_mean(config: Config, found: Checkpoint) -> Mean | Triple:
+    """Return the mean of the training by channel if the checkpoint has it, else the setting."""
+    if config.mean == "channel" and (known := found.table.get("channel_mean")):
+        red, green, blue = known
+        return red, green, blue
+    return config.mean
 
 
 def _check_size(options: EvaluateOptions, config: Config, manifest: Manifest) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cluster.checkpoint.format import Checkpoint, load_checkpoint
-from cluster.config import Config, read_run_config
+from cluster.config import read_run_config
 from cluster.report.images import (
     QUALITY,
     SHOWN_SIDE,
@@ -125,7 +125,7 @@ def draw_feature_maps(
         config, _ = read_run_config(run / CONFIG)
         net = AlexNet(classes=len(found.classes), design=config.design, initializes=False)
         load_checkpoint(found.path, net)
-        crops, mean = read_crops(run, data, config, answers.split, list(firsts))
+        crops, mean = read_crops(run, data, answers.split, list(firsts), found)
         maps = compute_maps(net, crops, layers)
     except (DuetError, ImportError, OSError, RuntimeError, ValueError) as error:
         raise MissingFigure(f"{shorten_error(error)}.") from error
@@ -138,9 +138,9 @@ def draw_feature_maps(
 
 
 def read_crops(
-    run: Path, data: str, config: Config, split: str, ids: Sequence[int]
+    run: Path, data: str, split: str, ids: Sequence[int], found: Checkpoint
 ) -> tuple[Tensor, Tensor]:
-    """Read the center of images as an evaluation of the run does.
+    """Read the center of images as an evaluation of the run does, less the training's mean.
 
     Returns:
         The images in the order of `ids`, float32 [b, 3, side, side], and the mean that they are
@@ -150,10 +150,13 @@ def read_crops(
         MissingFigure: an image is damaged or was withdrawn, or there is none.
         DuetError: the data set or DALI is missing.
     """
-    from pipeline.batches import Stream  # DALI takes seconds to load
+    # DALI takes seconds to load.
+    from cluster.evaluate import find_mean
+    from pipeline.batches import Stream
 
     if not ids:
         raise MissingFigure("There is no sound image.")
+    config, _ = read_run_config(run / CONFIG)
     data, folder = locate_dataset(run, data, **config.cached)
     crops = []
     for sample in ids:
@@ -165,7 +168,7 @@ def read_crops(
             position=sample,  # in stored order, where samples have their ids as places
             crop="center",
             size=config.design.image_size,
-            mean=config.mean,
+            mean=find_mean(config, found),
             once=True,
             prefetch=1,
             **config.cached,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from cluster.checkpoint.writer import CheckpointManager
-from cluster.config import Config
 from cluster.mesh import ProcessMesh
 from cluster.report.feature_maps import ACROSS, MOST_MAPS, compute_maps, draw_maps, read_crops
-from cluster.report.images import MissingFigure
+from cluster.report.images import MissingFigure, find_newest_checkpoint
 from cluster.report.page import main, write_report
 from cluster.run.folder import Mark
 from cluster.run.probabilities import SavedProbabilities, probability_path
@@ -158,12 +158,20 @@ def decode(uri: str) -> Image.Image:
 
 def test_images_are_read_in_the_order_that_is_wanted_and_damaged_ones_are_said(run, data):
     change(data, FLIPPED, flip)
-    found, _ = read_crops(run, str(data), Config(), "train", [FLIPPED + 1, 2])
-    with Stream(data, batch_size=48, crop="center", once=True) as stream:
-        assert found.equal(next(stream).images[[FLIPPED + 1, 2]])
+    found = find_newest_checkpoint(run)
+    wanted = [FLIPPED + 1, 2]
+    crops, mean = read_crops(run, str(data), "train", wanted, found)
+    with Stream(data, batch_size=48, crop="center", mean="image", once=True) as stream:
+        assert crops.equal(next(stream).images[wanted])
+        pixels = crops + mean
     for ids, fault in (([FLIPPED], f"Sample {FLIPPED} of train is damaged"), ([], "no sound im")):
         with pytest.raises(MissingFigure, match=fault):
-            read_crops(run, str(data), Config(), "train", ids)
+            read_crops(run, str(data), "train", ids, found)
+    (run / "config.toml").write_text(f"width = {WIDTH}\n")
+    other = replace(found, table={"channel_mean": [100.0, 110.0, 120.0]})
+    crops, mean = read_crops(run, str(data), "train", wanted, other)
+    assert mean.flatten().tolist() == [100, 110, 120], "the mean of the training, not the set's"
+    torch.testing.assert_close(crops + mean, pixels, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize(
