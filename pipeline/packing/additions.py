@@ -237,8 +237,8 @@ def _list_rejects(options: BuildConfig, parent: Parent, scratch: Path) -> dict[s
         found = version.manifest.change.get("sources", version.manifest.sources)
         share = read_holdout(found)
         for split, source in found.items():
-            if split == "train" or not share:
-                sources.setdefault((split, source), share)
+            if split != "val" or not share:
+                sources.setdefault((split, source), share if split == "train" else 0.0)
     listings: dict[str, list[Listing]] = {}
     for (split, source), share in sources.items():
         listing = _scan(options, source, split, parent, scratch)

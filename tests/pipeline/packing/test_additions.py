@@ -209,17 +209,20 @@ def test_rejects_are_tried_again(sources, tmp_path):
 
 
 def test_mended_images_go_where_the_holdout_puts_them(sources, tmp_path):
-    settings = {"holdout": 0.25, "max_rejects": 0.9, **SMALL}
+    test = Path(shutil.copytree(sources / "two", tmp_path / "test"))
+    settings = {"holdout": 0.25, "test": test, "max_rejects": 0.9, **SMALL}
     source = Path(shutil.copytree(sources / "one", tmp_path / "source"))
     packed(tmp_path / "whole", train=source, **settings)
-    wanted = {split: set(names(tmp_path / "whole", split)) for split in ("train", "val")}
+    wanted = {split: set(names(tmp_path / "whole", split)) for split in ("train", "val", "test")}
     mended = {split: sorted(some)[:2] for split, some in wanted.items()}
-    for name in (*mended["train"], *mended["val"]):
-        (source / name).write_bytes(b"\xff\xd8 no image")
+    for split, some in mended.items():
+        for name in some:
+            ((test if split == "test" else source) / name).write_bytes(b"\xff\xd8 no image")
     packed(tmp_path / "data", train=source, **settings)
     shutil.copytree(sources / "one", source, dirs_exist_ok=True)
+    shutil.copytree(sources / "two", test, dirs_exist_ok=True)
     manifest = add(tmp_path / "data", retry_rejects=True)
-    assert (manifest.rejected, manifest.change["added"]) == (0, 4)
+    assert (manifest.rejected, manifest.change["added"]) == (0, 6)
     for split, some in wanted.items():
         assert set(names(tmp_path / "data", split)) == some
     assert verify(tmp_path / "data") == []
