@@ -18,8 +18,10 @@ import numpy.typing as npt
 
 from cluster.run.jsonl import read_rows
 from model.alexnet import AlexNet
+from model.architecture import IMAGE_MAPS
 
-LAYER = "conv1.weight"
+LAYER = ".conv1.weight"
+"""End of the keys of `AlexNet.column_state` that kernels have."""
 Kernel = npt.NDArray[np.float32]
 
 
@@ -38,11 +40,14 @@ def is_snapshot_step(step: int, total: int) -> bool:
 
 
 def copy_first_kernels(net: AlexNet) -> dict[str, npt.NDArray[np.float16]]:
-    """Copy conv1 of this process's columns to the CPU: float16 [maps, 3, 11, 11] by column."""
+    """Copy conv1 of this process's columns to the CPU: float16 [maps, 3, 11, 11] by column.
+
+    There are none where a table of layers has no conv1, or one that is no convolution of the image.
+    """
     return {
         key.partition(".")[0]: piece.detach().half().cpu().contiguous().numpy()
         for key, piece in net.column_state().items()
-        if key.endswith(LAYER)
+        if key.endswith(LAYER) and piece.dim() == 4 and piece.shape[1] == IMAGE_MAPS
     }
 
 
@@ -85,6 +90,6 @@ def read_kernels(path: Path) -> list[KernelSnapshot]:
 def _decode_kernels(part: Mapping[str, Any]) -> Kernel:
     flat = np.frombuffer(base64.b64decode(part["float16"], validate=True), "<f2")
     shape = [int(size) for size in part["shape"]]
-    if len(shape) != 4 or shape[1] != 3 or not np.isfinite(flat).all():
+    if len(shape) != 4 or shape[1] != IMAGE_MAPS or not np.isfinite(flat).all():
         raise ValueError("no kernels")
     return flat.reshape(shape).astype(np.float32)

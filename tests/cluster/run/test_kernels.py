@@ -15,6 +15,7 @@ from cluster.run.folder import KERNELS, Mark
 from cluster.run.kernels import copy_first_kernels, encode_kernels, is_snapshot_step, read_kernels
 from cluster.run.metrics import MetricsLog
 from model.alexnet import AlexNet
+from model.architecture import Design
 
 NET = AlexNet(classes=4, width=0.0625, seed=5)
 
@@ -58,6 +59,22 @@ def test_two_processes_write_what_one_with_both_columns_does():
     both = copy_first_kernels(NET)
     parts = [{"a": both["a"]}, {"b": both["b"]}]
     assert encode_kernels(parts) == encode_kernels([both])
+
+
+def test_of_a_table_of_layers_they_are_those_of_conv1_alone():
+    first = {"name": "conv1", "maps": 2, "kernel": 5, "stride": 4}
+    later = {"name": "preconv1", "maps": 2, "kernel": 3, "reads": "picture"}
+    last = {"name": "fc2", "kind": "fc", "reads": "both"}
+
+    def copied(*rows):
+        net = AlexNet(classes=4, design=Design.from_settings({"layers": rows, "image_size": 32}))
+        return {name: kernels.shape for name, kernels in copy_first_kernels(net).items()}
+
+    both = copied(first, {"name": "fc1", "kind": "fc", "maps": 2}, later,
+                  {"name": "fc3", "kind": "fc", "maps": 2, "adds": ["fc1"]}, last)  # fmt: skip
+    assert both == {"a": (2, 3, 5, 5), "b": (2, 3, 5, 5)}
+    local = {"name": "conv1", "maps": 2, "kernel": 3, "pad": 1, "kind": "local"}
+    assert copied(first | {"name": "img1"}, local, last) == {}
 
 
 def test_damaged_rows_are_left_out_and_the_later_of_two_counts(tmp_path):
