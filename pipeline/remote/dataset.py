@@ -417,7 +417,7 @@ class RemoteDataset:
             replace: identity of a local copy that is damaged; see `_file_id`.
         """
         expected, cache = self._expect(shard), self._cache
-        path = cache.locate(expected.sha256)
+        path, name = cache.locate(expected.sha256), f"shard {shard.name} of {self._store}"
 
         def is_here() -> bool:
             is_new = replace is None or _file_id(self.locate_shard(shard)) not in (None, replace)
@@ -432,13 +432,7 @@ class RemoteDataset:
             if not is_mine:
                 return FetchOutcome.BUSY
             with cache.reserve_room(
-                path,
-                shard.bytes,
-                name=f"shard {shard.name} of {self._store}",
-                beside=beside,
-                spare=spare,
-                wait=wait,
-                stop=self._stop,
+                path, shard.bytes, name=name, beside=beside, spare=spare, wait=wait, stop=self._stop
             ) as has_room:
                 if has_room:
                     downloaded = self._shards.fetch(
