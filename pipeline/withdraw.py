@@ -110,7 +110,9 @@ def _describe(options: WithdrawOptions, done: Withdrawal) -> Iterator[str]:
         found = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         splits = done.manifest.splits.items()
         left = ", ".join(f"{split.samples:,} {name}" for name, split in splits)
-        yield f"{what}, {sum(counts.values()):,} samples withdrawn ({found}), {left} left"
+        samples = sum(counts.values())
+        lost = f"{samples:,} sample{'s' * (samples != 1)} withdrawn ({found})"
+        yield f"{what}, {lost}, {left} left"
     if options.purge:
         held = f"{done.purged:,} withdrawn samples in {done.shards:,} shards"
         if done.rewritten:

@@ -368,7 +368,7 @@ def test_names_may_come_from_a_pipe(data, capsys):
     os.close(into)
     with os.fdopen(out):
         assert command.main([str(data), "--keys", f"/dev/fd/{out}", "--workers", "1"]) == 0
-    assert "1 name, 1 samples withdrawn (train 1)" in capsys.readouterr().err
+    assert "1 name, 1 sample withdrawn (train 1)" in capsys.readouterr().err
 
 
 def test_a_purge_does_not_take_a_damaged_shard_for_a_sound_one(data, tmp_path):
