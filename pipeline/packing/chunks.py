@@ -57,8 +57,7 @@ FOLDER = f"{WORK}/chunks"
 HASH_BYTES = 32
 GROUP, GROUP_BYTES = 16, 16 << 20
 """Images that take each step together, and the bytes in memory that end a group sooner. One image
-at a time, the code of every step is fetched into the processor's cache again: encoding, hash and
-statistics take 0.69 ms for an image alone, and 0.52 ms in a group of 16."""
+at a time, the code of every step would be fetched into the processor's cache again."""
 
 PACKED_DTYPE = np.dtype(
     [

@@ -6,6 +6,7 @@ import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ from hypothesis import strategies as st
 from cluster import evaluate, train
 from cluster.cli.options import TrainOptions
 from cluster.config import Config
+from cluster.mesh import ProcessMesh
 from cluster.run.folder import read_identity
 from cluster.train import main
+from cluster.training import loop
 from cluster.training.learning_rate import RateSettings
 from pipeline.batches import Stream
 from pipeline.dataset.manifest import Manifest, identity, tables_folder, version_folder
@@ -215,3 +218,25 @@ def test_a_version_that_comes_later_changes_no_rate_before_it(samples, later, sc
         end = config.total_steps(segments)
         assert count_epochs(segments, end * 12) >= epochs - 1e-9
         assert end == 1 or count_epochs(segments, (end - 1) * 12) < epochs
+
+
+class Opened(Exception):
+    """A stream is opened, and that is enough."""
+
+
+@pytest.mark.parametrize(("position", "versions"), [(40, 1), (47, 1), (48, 2), (200, 2)])
+def test_a_validation_reads_the_version_of_its_step(position, versions, tmp_path, monkeypatch):
+    segments = (Segment(make_identity(1), 48), Segment(make_identity(2), 59, 48, 1))
+
+    def open_stream(*words: object, **options: object) -> None:
+        assert words[4] == segments[:versions]
+        assert options["split"] == "val"
+        raise Opened
+
+    monkeypatch.setattr(loop, "open_stream", open_stream)
+    training = SimpleNamespace(
+        config=CONFIG, data="data", run=tmp_path, mesh=ProcessMesh(), segments=segments,
+        net=torch.nn.Identity(),
+    )  # fmt: skip
+    with pytest.raises(Opened):
+        loop.validate(training, position)
