@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.doctor.finding import GB, Finding, fail, ok, warn
+from pipeline.throughput.nvidia_smi import query_smi, select_rows
 from pipeline.tools.errors import summarize_error
 from pipeline.tools.text import human_bytes
 from pipeline.tools.units import (
     cpu_count,
     free_memory,
-    query_smi,
     read_memory_left,
-    select_rows,
 )
 
 BFLOAT16 = (8, 0)

@@ -37,9 +37,9 @@ from pipeline.stream.timing import WaitTimes
 from pipeline.throughput import hardware
 from pipeline.throughput.clock import CpuLoad, Rate, StageRow, make_row
 from pipeline.throughput.diagnosis import examine
+from pipeline.throughput.nvidia_smi import find_watts, query_smi
 from pipeline.throughput.stages import Setting
 from pipeline.tools.files import read_text
-from pipeline.tools.units import find_watts, query_smi, read_cpu_energy
 
 WARM_UP = 5
 """Warm-up steps before the first measurement."""
@@ -55,6 +55,8 @@ AGREE = 0.2
 """Largest difference between the utilizations of turns, 0..1, that allow a verdict."""
 LAG = 1.0
 """Seconds of a turn before its first power reading: drivers may tell the mean of a second."""
+POWERCAP = Path("/sys/class/powercap")
+"""Folder of the kernel's energy counters (RAPL); since Linux 5.10 only root may read them."""
 EVERY = 0.5
 """Seconds between power readings; each starts nvidia-smi, which takes part of a core."""
 PARTS = ("compute", "exchange", "reduce", *WAITS)
@@ -177,6 +179,21 @@ class _Steps:
         rows = self.rows[before:]
         parts = {name: fmean(row[name] for row in rows) for name in PARTS}
         return LoopTiming(steps=count, wall=wall, parts=parts)
+
+
+def read_cpu_energy(root: Path = POWERCAP) -> list[tuple[int, int]]:
+    """Return the energy counter of each CPU package, and where it starts again, in microjoules.
+
+    The list is empty where a counter cannot be read. Zones within a package are parts of it.
+    """
+    counters = []
+    for zone in sorted(root.glob("intel-rapl:*")):  # AMD's have this name, too
+        if read_text(zone / "name").startswith("package"):
+            now, top = (read_text(zone / f"{x}_uj") for x in ("energy", "max_energy_range"))
+            if not now.isdecimal() or not top.isdecimal():
+                return []
+            counters.append((int(now), int(top)))
+    return counters
 
 
 class GpuMeter:

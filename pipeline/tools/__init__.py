@@ -14,6 +14,6 @@ stdio       standard output and error of a command
 tables      columns of CSV, JSON lines and Parquet
 terminal    rich's console for text that comes from elsewhere
 text        numbers and messages as people read them
-units       sizes as people write them, usable cores and memory, power and energy
+units       sizes as people write them, cores and memory that this process may use
 watchdog    calls that may not return: files on a mount that hangs
 """

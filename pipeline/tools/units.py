@@ -1,11 +1,10 @@
-"""Sizes in bytes as people write them; cores and memory of this process; the driver's facts."""
+"""Sizes in bytes as people write them; CPU, cores and memory that this process may use."""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,8 +16,6 @@ CGROUPS = Path("/sys/fs/cgroup")
 """Mount point of control groups: version 2, or 1 with a folder for each controller."""
 OWN_CGROUPS = Path("/proc/self/cgroup")
 """File that lists the control groups of this process."""
-POWERCAP = Path("/sys/class/powercap")
-"""Folder of the kernel's energy counters (RAPL); since Linux 5.10 only root may read them."""
 CACHE_SIZE = 100 * 10**9
 """Default size limit in bytes of the cache of data sets in a store."""
 CACHE_SIZE_FLAG = f"{CACHE_SIZE // 10**9}GB"
@@ -108,51 +105,6 @@ def cpu_name() -> str:
         if found := [line for line in lines if line.startswith("model name")]:
             return found[0].partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def query_smi(query: str) -> list[list[str]]:
-    """Return the rows of nvidia-smi's answer; none without that program."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=10, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return parse_smi(done.stdout)
-
-
-def parse_smi(text: str) -> list[list[str]]:
-    """Parse nvidia-smi's CSV into rows of cells."""
-    return [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line]
-
-
-def select_rows(rows: list[list[str]], uuid: str) -> list[list[str]]:
-    """Return the rows of one GPU, without its uuid; torch's uuids lack the prefix `GPU-`."""
-    return [row[1:] for row in rows if uuid and row[0].removeprefix("GPU-") == uuid]
-
-
-def find_watts(rows: list[list[str]], uuid: str) -> float | None:
-    """Return the watts of one GPU from rows of uuid and power; None: its driver tells none."""
-    for row in select_rows(rows, uuid):
-        if found := re.fullmatch(r"(\d+(?:\.\d+)?) W", row[0]):
-            return float(found[1])
-    return None
-
-
-def read_cpu_energy(root: Path = POWERCAP) -> list[tuple[int, int]]:
-    """Return the energy counter of each CPU package, and where it starts again, in microjoules.
-
-    The list is empty where a counter cannot be read. Zones within a package are parts of it.
-    """
-    counters = []
-    for zone in sorted(root.glob("intel-rapl:*")):  # AMD's have this name, too
-        if read_text(zone / "name").startswith("package"):
-            now, top = (read_text(zone / f"{x}_uj") for x in ("energy", "max_energy_range"))
-            if not now.isdecimal() or not top.isdecimal():
-                return []
-            counters.append((int(now), int(top)))
-    return counters
 
 
 def parse_size(text: str) -> int:

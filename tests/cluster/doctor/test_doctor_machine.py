@@ -18,7 +18,7 @@ from cluster.doctor.software import Software
 from cluster.launch import gpus
 from cluster.launch.placement import estimate_memory
 from model.norm import response
-from pipeline.tools.units import parse_smi, select_rows
+from pipeline.throughput.nvidia_smi import parse_smi, select_rows
 from tests.helpers.training_processes import REPOSITORY
 
 RANGES = software.read_ranges(REPOSITORY / "pyproject.toml")

@@ -218,3 +218,20 @@ def test_a_tuning_file_is_between_the_config_and_the_flags(tmp_path):
         parse_command([*words[:5], "--prefetch", "0"])
     with pytest.raises(UsageError, match=r"hw_decoder_load is 2.0; it must be from 0 to 1"):
         parse_command([*words[:5], "--hw-decoder-load", "2"])
+
+
+def test_the_energy_of_each_cpu_package_is_read_or_of_none(tmp_path):
+    assert profiler.read_cpu_energy(tmp_path / "none") == []
+    for zone, *texts in (
+        ("intel-rapl:0", "package-0", "100", "900"),
+        ("intel-rapl:0:0", "core", "60", "900"),
+        ("intel-rapl:1", "package-1", "200", "900"),
+        ("intel-rapl:2", "psys", "500", "900"),
+        ("intel-rapl-mmio:0", "package-0", "100", "900"),
+    ):
+        (tmp_path / zone).mkdir()
+        for file, text in zip(("name", "energy_uj", "max_energy_range_uj"), texts, strict=True):
+            (tmp_path / zone / file).write_text(text)
+    assert profiler.read_cpu_energy(tmp_path) == [(100, 900), (200, 900)]
+    (tmp_path / "intel-rapl:1/energy_uj").unlink()  # as a file that only root may read
+    assert profiler.read_cpu_energy(tmp_path) == []

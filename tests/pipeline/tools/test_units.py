@@ -11,10 +11,7 @@ from pipeline.tools.errors import DamagedFile, DataError, summarize_error
 from pipeline.tools.text import human_bytes
 from pipeline.tools.units import (
     cpu_count,
-    find_watts,
     parse_size,
-    parse_smi,
-    read_cpu_energy,
     read_cpu_quota,
     read_memory_left,
 )
@@ -74,31 +71,6 @@ def test_a_containers_limits_are_found_in_either_version_of_control_groups(tmp_p
     assert read_cpu_quota(root, mine) == 2.0
     for there, own in ((tmp_path / "none", mine), (root, tmp_path / "none")):
         assert (read_memory_left(there, own), read_cpu_quota(there, own)) == (None, None)
-
-
-def test_a_gpus_power_is_found_among_others_or_told_by_none():
-    text = "GPU-ab, 312.45 W\nGPU-cd, [N/A]\nGPU-ef, [Not Supported]\nGPU-01, 71 W\n"
-    text += "GPU-02, [Unknown Error]\n"
-    found = [find_watts(parse_smi(text), uuid) for uuid in ("ab", "cd", "ef", "01", "02", "no", "")]
-    assert found == [312.45, None, None, 71.0, None, None, None]
-    failure = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n"
-    assert find_watts(parse_smi(failure), "ab") is None
-
-
-def test_the_energy_of_each_cpu_package_is_read_or_of_none(tmp_path):
-    assert read_cpu_energy(tmp_path / "none") == []
-    root = groups(tmp_path, {
-        f"{zone}/{file}": text for zone, *texts in (
-            ("intel-rapl:0", "package-0", "100", "900"),
-            ("intel-rapl:0:0", "core", "60", "900"),
-            ("intel-rapl:1", "package-1", "200", "900"),
-            ("intel-rapl:2", "psys", "500", "900"),
-            ("intel-rapl-mmio:0", "package-0", "100", "900"),
-        ) for file, text in zip(("name", "energy_uj", "max_energy_range_uj"), texts, strict=True)
-    })  # fmt: skip
-    assert read_cpu_energy(root) == [(100, 900), (200, 900)]
-    (root / "intel-rapl:1/energy_uj").unlink()  # as a file that only root may read
-    assert read_cpu_energy(root) == []
 
 
 @pytest.mark.parametrize(
